@@ -1,0 +1,408 @@
+"""GraFT, the Gradual Fusion Transformer (section 3 of the paper), by hand: ViT backbone, modality encoders, fusion.
+
+Shapes: B samples, M modalities, N tokens a modality, D width, L fusion tokens, C identities, H heads.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import runtime
+from runtime import UserError
+
+# --- backbone (section 3.2)
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each to the model's width: Eq. (1). (B, 3, H, W) -> (B, patches, D)."""
+
+    def __init__(self, patch_size: int, dim: int, channels: int = 3):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        P = self.proj.kernel_size[0]
+        patches = x.view(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
+        return F.linear(patches.reshape(B, -1, C * P * P), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D/H)) v, all (B, H, N, D/H): torch's fused kernel, except where its backward pass is slow.
+
+    On CPUs that is bf16 (9 times slower than the plain formula at 34 tokens, 1.6 times at 198) and short sequences.
+    """
+    if q.device.type == "cpu" and q.requires_grad and (q.dtype == torch.bfloat16 or k.shape[-2] < 64):
+        with torch.autocast("cpu", enabled=False):
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # (B, H, N, N)
+            return F.dropout(weights, dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, D/H)
+        x = attend(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al. 2021), with DeiT's distillation token (Touvron et al. 2021) if `distilled`.
+
+    (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, then distillation, then patches row by row.
+    Parameters are named as in timm and in the released DeiT checkpoints. Raises UserError for sizes that do not divide.
+    """
+
+    def __init__(self, image_size=(224, 224), patch_size=16, dim=768, depth=12, heads=12, distilled=True):
+        super().__init__()
+        if any(side % patch_size for side in image_size):
+            raise UserError(f"image size {image_size[0]}x{image_size[1]}: patch {patch_size} does not divide both sides")
+        if dim % heads:
+            raise UserError(f"width {dim}: {heads} heads do not divide it")
+        self.image_size = tuple(image_size)
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix_tokens + self.grid[0] * self.grid[1], dim))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 1 if self.dist_token is None else 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != self.image_size:
+            raise ValueError(f"images of {tuple(images.shape[-2:])}: the model takes {self.image_size}")
+        prefix = [token.expand(len(images), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+        x = torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed  # (B, N, D)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.norm(x)  # Eq. (2)
+
+
+# --- modality encoder (sections 3.1, 5.2)
+
+
+class SelfAttention(nn.Module):
+    """torch.nn.MultiheadAttention's parameters; queries may be fewer than the tokens they look at."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        D = tokens.shape[-1]
+        q = F.linear(queries, self.in_proj_weight[:D], self.in_proj_bias[:D])
+        k, v = F.linear(tokens, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, -1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D/H)
+        x = attend(q, k, v, self.dropout if self.training else 0.0)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class ModalityEncoder(nn.Module):
+    """One torch.nn.TransformerEncoderLayer (post-norm, ReLU), its parameter names and maths. (B, N, D) -> (B, N, D).
+
+    `outputs`, a list of token positions, computes those alone, (B, len(outputs), D): each looks at all tokens, so the
+    result is the same for a fraction of the work.
+    """
+
+    def __init__(self, dim: int = 768, heads: int = 8, hidden: int = 2048, dropout: float = 0.1):
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"width {dim}: {heads} encoder heads do not divide it")
+        self.self_attn = SelfAttention(dim, heads, dropout)
+        self.linear1 = nn.Linear(dim, hidden)
+        self.linear2 = nn.Linear(hidden, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, outputs: list[int] | None = None) -> Tensor:
+        x = tokens if outputs is None else tokens[:, outputs]
+        x = self.norm1(x + self.dropout(self.self_attn(x, tokens)))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))
+
+
+# --- GraFT (sections 3.3, 3.4; Fig. 3)
+
+
+@dataclass
+class GraFTConfig:
+    """What a model is made of; the defaults are the paper's model for RGBNT100."""
+
+    modalities: tuple[str, ...] = ("rgb", "nir", "tir")
+    num_ids: int = 50
+    image_size: tuple[int, int] = (224, 224)  # height, width; paper, 5.2
+    patch_size: int = 16  # paper, 3.4
+    dim: int = 768  # DeiT-B; paper, 3.2
+    depth: int = 12
+    heads: int = 12
+    distilled: bool = True  # published code
+    encoder_heads: int = 8  # published code
+    encoder_hidden: int = 2048  # torch's default; paper, 5.2
+    dropout: float = 0.1  # torch's default; paper, 5.2
+    fusion_tokens: int = 1  # paper, 5.2
+    data_token: int = 0  # paper, Eq. (11)
+    fusion: str = "graft"
+
+
+BACKBONES = {
+    "deit-b": {},  # DeiT-B, the defaults above
+    "small": {"dim": 192, "depth": 6, "heads": 3, "encoder_hidden": 512},  # ours, for the embedded data set
+}
+
+
+class Embeddings(NamedTuple):
+    """Both (B, L * D), float32. `fusion` is the embedding, Eq. (7); `data` the sampled data token, Eq. (12)."""
+
+    fusion: Tensor
+    data: Tensor
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d over the batches of all ranks. torch.nn.SyncBatchNorm does the same, on CUDA only."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D)
+        if not self.training:
+            return super().forward(x)
+        B, D = x.shape
+        total = runtime.all_sum(torch.cat([x.sum(0), x.new_tensor([B])]))
+        count = total[D].detach()
+        if count < 2:
+            raise UserError("batch of 1: BatchNorm cannot train on it; raise --batch-size")
+        mean = total[:D] / count
+        variance = runtime.all_sum((x - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+class GraFT(nn.Module):
+    """Images of M modalities -> one embedding. model({modality: (B, 3, H, W)}) -> Embeddings; `classify` -> (B, C).
+
+    In eval mode a subset of the modalities may be given: the mean of Eq. (6) runs over those present.
+    Raises ValueError for an unknown modality, and for a missing one in training mode.
+    """
+
+    def __init__(self, config: GraFTConfig):
+        super().__init__()
+        self.config, self.frozen = config, False
+        dim, L = config.dim, config.fusion_tokens
+        self.backbone = ViT(config.image_size, config.patch_size, dim, config.depth, config.heads, config.distilled)
+        encoder = (dim, config.encoder_heads, config.encoder_hidden, config.dropout)
+        self.encoders = nn.ModuleDict({modality: ModalityEncoder(*encoder) for modality in config.modalities})
+        self.fusion_token = nn.Parameter(torch.empty(1, L, dim))
+        nn.init.xavier_uniform_(self.fusion_token[0])
+        self.bottleneck = SyncBatchNorm1d(L * dim)  # BNNeck (Luo et al. 2019)
+        self.bottleneck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(L * dim, config.num_ids, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        tokens = self.backbone.pos_embed.shape[1]
+        if not 0 <= config.data_token <= tokens - L:
+            raise UserError(f"data token {config.data_token}: expected 0 to {tokens - L} ({tokens} data tokens, {L} taken)")
+        # Of each encoder's output only the fusion tokens, and as many data tokens, go on
+        self.outputs = [*range(L), *range(L + config.data_token, 2 * L + config.data_token)]
+
+    def forward(self, images: dict[str, Tensor]) -> Embeddings:
+        self._check(images)
+        tokens = self.extract(images)  # (B, M, N, D)
+        fusion, data = [], []
+        for i, modality in enumerate(images):
+            joined = torch.cat([self.fusion_token.expand(len(tokens), -1, -1), tokens[:, i]], 1)  # Eq. (3)
+            encoded = self.encoders[modality](joined, self.outputs)  # Eq. (4)
+            z_f, z_d = encoded.flatten(1).float().chunk(2, 1)  # Eq. (5), (11): 2 x (B, L * D)
+            fusion.append(z_f)
+            data.append(z_d)
+        return Embeddings(torch.stack(fusion).mean(0), torch.stack(data).mean(0))  # Eq. (6), (12)
+
+    def extract(self, images: dict[str, Tensor]) -> Tensor:
+        """Data tokens of all modalities in one pass of the shared backbone, (B, M, N, D)."""
+        B, M = len(next(iter(images.values()))), len(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):  # frozen: no graph at all
+            tokens = self.backbone(torch.cat(list(images.values())))  # (M * B, N, D)
+        return tokens.unflatten(0, (M, B)).transpose(0, 1)
+
+    def classify(self, fusion: Tensor) -> Tensor:
+        """Logits (B, C) of fusion embeddings (B, L * D), behind the BNNeck; both in float32."""
+        with torch.autocast(fusion.device.type, enabled=False):
+            return self.classifier(self.bottleneck(fusion.float()))
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Stage 1 trains on a frozen backbone: in eval mode, without gradients and without a graph (section 4.1)."""
+        self.frozen = frozen
+        self.backbone.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "GraFT":
+        super().train(mode)
+        self.backbone.train(mode and not self.frozen)
+        return self
+
+    def num_parameters(self) -> int:
+        """Parameters of what makes the embedding: all but the BNNeck and the classifier, which only training needs."""
+        head = {*self.bottleneck.parameters(), *self.classifier.parameters()}
+        return sum(parameter.numel() for parameter in self.parameters() if parameter not in head)
+
+    def _check(self, images: dict[str, Tensor]) -> None:
+        unknown = images.keys() - self.encoders.keys()
+        if unknown or not images:
+            raise ValueError(f"modalities {', '.join(images) or 'none'}: the model has {', '.join(self.encoders)}")
+        if self.training and len(images) < len(self.encoders):
+            raise ValueError(f"modalities {', '.join(images)}: training needs all of {', '.join(self.encoders)}")
+
+
+def build_model(config: GraFTConfig) -> GraFT:
+    """The model that `config` describes. Raises UserError for one that does not exist."""
+    if config.fusion != "graft":
+        raise UserError(f"fusion {config.fusion!r}: expected graft")
+    return GraFT(config)
+
+
+# --- pretrained backbones
+
+DEIT_URL = "https://dl.fbaipublicfiles.com/deit/"
+DEIT_FILES = {True: "deit_base_distilled_patch16_224-df68dfff.pth", False: "deit_base_patch16_224-b5f2ef4d.pth"}
+HEADS = ("head.", "head_dist.", "heads.")  # classifiers of other data sets: the only weights left out
+TORCHVISION_NAMES = {
+    "class_token": "cls_token",
+    "conv_proj": "patch_embed.proj",
+    "encoder.pos_embedding": "pos_embed",
+    "encoder.layers.encoder_layer_": "blocks.",
+    "encoder.ln": "norm",
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "self_attention.in_proj_": "attn.qkv.",
+    "self_attention.out_proj": "attn.proj",
+    "mlp.linear_1": "mlp.fc1",
+    "mlp.linear_2": "mlp.fc2",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+}
+
+
+def resize_pos_embed(pos_embed: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bicubic resizing of the patches' position embeddings (1, prefix + old patches, D) to another grid (rows, columns)."""
+    grid = pos_embed[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    grid = F.interpolate(grid, new, mode="bicubic", antialias=True)
+    return torch.cat([pos_embed[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)
+
+
+def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
+    """Load pretrained weights into a ViT, or into every ViT of a model; returns the names left out (classifiers only).
+
+    Reads a released DeiT file ({"model": ...}), a timm or torchvision ViT state dict, and a checkpoint of this project.
+    Position embeddings are resized when the image size differs. `path` may be "deit": the released file of DeiT-B, by
+    torch.hub. Raises UserError where the file cannot be read, or a weight is missing, superfluous or of another shape.
+    """
+    vits = [module for module in model.modules() if isinstance(module, ViT)]
+    vit = vits[0]
+    if str(path) == "deit":
+        path = _fetch_deit(vit)
+    checkpoint = runtime.load_checkpoint(path)
+    state = checkpoint.get("model", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state dict of a ViT")
+    if any(name.startswith("backbone.") for name in state):
+        state = {name.removeprefix("backbone."): w for name, w in state.items() if name.startswith("backbone.")}
+    if "class_token" in state:
+        for theirs, ours in TORCHVISION_NAMES.items():
+            state = {name.replace(theirs, ours): weight for name, weight in state.items()}
+    dropped = [name for name in state if name.startswith(HEADS)]
+    state = {name: weight.float() for name, weight in state.items() if name not in dropped}
+    expected = vit.state_dict()
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        hint = "; a model without the distillation token takes --no-distilled" if missing == ["dist_token"] else ""
+        hint = "; it has a distillation token: leave out --no-distilled" if unknown == ["dist_token"] else hint
+        raise UserError(f"{path}: not the weights of this backbone: lacks {_some(missing)}, has also {_some(unknown)}{hint}")
+    rows = checkpoint.get("config", {}).get("image_size")
+    patches = state["pos_embed"].shape[1] - vit.prefix_tokens
+    patch = state["patch_embed.proj.weight"].shape[-1]
+    old = tuple(side // patch for side in rows) if rows else (int(patches**0.5),) * 2  # other code bases: square images
+    if old != vit.grid and old[0] * old[1] == patches:
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], vit.prefix_tokens, old, vit.grid)
+    for name, weight in expected.items():
+        if state[name].shape != weight.shape:
+            raise UserError(
+                f"{path}: {name} has the shape {tuple(state[name].shape)}, this backbone's has {tuple(weight.shape)};"
+                " choose the --backbone that the file was made for"
+            )
+    for vit in vits:
+        vit.load_state_dict(state)
+    return dropped
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
+
+
+def _fetch_deit(vit: ViT) -> Path:
+    name = DEIT_FILES[vit.dist_token is not None]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        with runtime.rank0_first():
+            torch.hub.load_state_dict_from_url(DEIT_URL + name, weights_only=True)
+    except OSError as error:
+        raise UserError(
+            f"{DEIT_URL}{name}: cannot be fetched ({error}); fetch it elsewhere and put it at {path},"
+            " or name a file by --backbone-weights FILE (none: train from random weights)"
+        ) from None
+    return path

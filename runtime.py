@@ -1,0 +1,187 @@
+"""The machine's side of every program: device, process group, draws, checkpoint files, run log, errors.
+
+The only room that knows torch.distributed. Under torchrun every function below serves all ranks; without it, one process.
+"""
+
+import functools
+import json
+import os
+import sys
+import time
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """A user's mistake: says what was found, where, what was expected and what to do. Printed as it is, exit code 2."""
+
+
+def program(main):
+    """Decorate a program's `main`: one line and exit code 2 for a UserError, exit code 130 for Ctrl-C."""
+
+    @functools.wraps(main)
+    def guarded(*args):
+        try:
+            main(*args)
+            code = 0
+        except UserError as error:  # a DataLoader's worker hands it over with its traceback in front
+            print(f"error: {str(error).rpartition('runtime.UserError: ')[2].strip()}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted: what was saved before stays", file=sys.stderr)
+            code = 130
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        sys.exit(code)
+
+    return guarded
+
+
+# --- device and process group
+
+
+def start(device: str = "auto") -> torch.device:
+    """Join torchrun's process group, if there is one, and return this rank's device: cuda, mps or cpu."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args) -> None:
+    """print, by rank 0 only."""
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+@contextmanager
+def rank0_first():
+    """Rank 0 runs the block before the others do: for work that leaves files which the others then find."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllSum.forward(ctx, grad)  # every rank's loss depends on every rank's x
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum of x over all ranks, differentiable."""
+    return _AllSum.apply(x) if world_size() > 1 else x
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bf16 matrix products have hardware: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        cpuinfo = Path("/proc/cpuinfo")
+        return cpuinfo.exists() and not {"amx_bf16", "avx512_bf16"}.isdisjoint(cpuinfo.read_text().split())
+    return False
+
+
+def autocast(device: torch.device, precision: str):
+    """Context for the forward pass; `precision` is auto (bf16 where it is fast), bf16 or fp32."""
+    use_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+
+
+# --- draws: a function of (seed, what for) alone, so nothing needs to be stored to go on where a run stopped
+
+
+def numpy_rng(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
+
+
+def torch_seed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+# --- files
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call `write(temporary_path)`, then move the file to `path`: whoever reads `path` finds the old file or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as a RuntimeError
+            raise
+        raise UserError(f"{path}: cannot be written ({error}); the file before it is untouched") from None
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    write_atomically(path, functools.partial(torch.save, checkpoint))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a file of tensors and plain values; code in it is never run. Raises UserError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a checkpoint, e.g. runs/NAME/last.pt")
+    try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise UserError(f"{path}: damaged (its record {damaged} has a wrong checksum); use another copy")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch.load's errors have no common type
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise UserError(f"{path}: not a checkpoint that torch can read safely ({reason})") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint (a dict of tensors)")
+    return checkpoint
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    write_atomically(Path(path), lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+class RunLog:
+    """Appends one JSON object a line to `path`, with the seconds since the log was opened; by rank 0 only."""
+
+    def __init__(self, path: Path):
+        self.path, self.start = path, time.perf_counter()
+
+    def write(self, event: str, **values) -> None:
+        if rank() == 0:
+            line = {"event": event, "seconds": round(time.perf_counter() - self.start, 2), **values}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,381 @@
+"""Proves that every layout on disk comes out as the same registered tiles, identities and cameras, that what is missing or
+broken is named, that triplets and batches hold what section 5.1 asks for, and that modalities are augmented together."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import runtime
+import synthetic
+from runtime import UserError
+
+COLOURS = {"rgb": (255, 0, 0), "nir": (0, 255, 0), "tir": (0, 0, 255)}
+TILES = tuple(COLOURS.values())
+MARKET = ("bounding_box_train", "query", "bounding_box_test")
+NAMES = {  # not in order
+    "bounding_box_train": ["0503_c0008_001", "0501_c0001_010", "0501_c0002_000"],
+    "query": ["0502_c0003_000"],
+    "bounding_box_test": ["0504_c0001_000", "0502_c0003_000"],
+}
+
+
+def save(path, *colours, height=16):
+    """One file of tiles, side by side, each twice as wide as high."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tiles = [np.full((height, 2 * height, 3), colour, np.uint8) for colour in colours]
+    options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    Image.fromarray(np.concatenate(tiles, 1)).save(path, **options)
+
+
+def write_rgbnt100(root, layout=1, height=16, colours=TILES):
+    for split, names in NAMES.items():
+        for name in names:
+            if layout == 1:
+                save(root / f"rgbir/{split}/{name}.jpg", *colours, height=height)
+            elif layout == 3 and split == "query":
+                (root / "rgbir/query").mkdir(parents=True)
+                (root / f"rgbir/query/{name}.jpg").write_bytes(b"read for its name only")
+            else:
+                for folder, colour in zip("RNT", colours, strict=True):
+                    place = {
+                        2: f"reid_set_{folder}/{split}",
+                        3: f"{'train' if split.endswith('train') else 'validate'}/{folder}/{name[:4]}",
+                    }[layout]
+                    save(root / place / f"{name}.jpg", colour, height=height)
+
+
+def write_folder(root, names, modalities=("rgb", "nir")):
+    for split in data.SPLITS:
+        for modality in modalities:
+            for name in names:
+                save(root / split / modality / f"{name}.png", COLOURS.get(modality, (9, 9, 9)))
+
+
+def assert_tiles(images, size, **colours):
+    assert list(images) == list(colours)
+    for modality, colour in colours.items():
+        assert images[modality].dtype == torch.uint8 and images[modality].shape == (3, *size)
+        assert (images[modality] - torch.tensor(colour).view(3, 1, 1)).abs().max() < 8  # JPEG is not exact
+
+
+def samples_of(pids_and_keys):
+    return [data.Sample(f"{i:03d}", pid, key, {}) for i, (pid, key) in enumerate(pids_and_keys)]
+
+
+# --- files
+
+
+@pytest.mark.parametrize("below", ["", "RGBNT100"])
+@pytest.mark.parametrize("layout", [1, 2, 3])
+def test_rgbnt100(tmp_path, layout, below):
+    write_rgbnt100(tmp_path / below, layout)
+    (tmp_path / below / "readme.txt").write_text("not an image")
+    dataset = data.load_dataset("rgbnt100", tmp_path)
+    assert dataset.modalities == ("rgb", "nir", "tir")
+    for split, folder in zip((dataset.train, dataset.query, dataset.gallery), MARKET, strict=True):
+        names = [sample.name.rpartition("/")[2] for sample in split.samples]
+        assert names == sorted(NAMES[folder]) and len(split) == len(names)
+        for i, name in enumerate(names):
+            images, pid, key = split[i]
+            assert_tiles(images, (16, 32), **COLOURS)
+            assert (pid, key) == (int(name[:4]), int(name[6:10]) - 1) == (split.pids[i], split.keys[i])
+
+
+@pytest.mark.parametrize("height", [8, 128])
+def test_any_tile_height_native_or_resized(tmp_path, height):
+    write_rgbnt100(tmp_path, height=height)
+    assert_tiles(data.load_dataset("rgbnt100", tmp_path).train[0][0], (height, 2 * height), **COLOURS)
+    dataset = data.load_dataset("rgbnt100", tmp_path, image_size=(24, 40))
+    assert_tiles(dataset.train[0][0], (24, 40), **COLOURS)  # resizing takes nothing from the tile beside
+
+
+@pytest.mark.parametrize("colours", [TILES[:2], TILES])
+def test_rgbn300_mosaics_of_two_or_three_tiles(tmp_path, colours):
+    write_rgbnt100(tmp_path, height=128, colours=colours)
+    dataset = data.load_dataset("rgbn300", tmp_path)
+    assert_tiles(dataset.query[0][0], (128, 256), rgb=COLOURS["rgb"], nir=COLOURS["nir"])
+
+
+def test_chosen_modalities_alone_are_read(tmp_path):
+    write_rgbnt100(tmp_path)
+    dataset = data.load_dataset("rgbnt100", tmp_path, ("tir", "rgb"))
+    assert_tiles(dataset.train[0][0], (16, 32), tir=COLOURS["tir"], rgb=COLOURS["rgb"])
+    assert dataset.mean == {"tir": (0.761, 0.329, 0.322), "rgb": (0.276, 0.271, 0.274)}
+    assert dataset.std == {"tir": (0.257, 0.263, 0.216), "rgb": (0.176, 0.176, 0.168)}
+
+
+def test_folder_pairs_by_name_whatever_the_suffix(tmp_path):
+    write_folder(tmp_path, ["7_c1_a", "12_c4_b"], ("heat", "nir", "rgb"))
+    for split in data.SPLITS:
+        (tmp_path / split / "nir/7_c1_a.png").unlink()
+        save(tmp_path / split / "nir/7_c1_a.jpg", COLOURS["nir"])
+    dataset = data.load_dataset("folder", tmp_path)
+    assert dataset.mean["heat"] == (0.485, 0.456, 0.406) and dataset.std["heat"] == (0.229, 0.224, 0.225)  # ImageNet's
+    assert [(s.name, s.pid, s.key) for s in dataset.train.samples] == [("12_c4_b", 12, 3), ("7_c1_a", 7, 0)]
+    for i in (0, 1):
+        assert_tiles(dataset.train[i][0], (16, 32), rgb=COLOURS["rgb"], nir=COLOURS["nir"], heat=(9, 9, 9))
+
+
+def test_lacking_modality_drops_training_samples_only(tmp_path, capsys):
+    write_folder(tmp_path, ["1_c1_0", "1_c2_0", "2_c1_0"])
+    for split in data.SPLITS:
+        (tmp_path / split / "nir/1_c2_0.png").unlink()
+    dataset = data.load_dataset("folder", tmp_path)
+    assert [sample.name for sample in dataset.train.samples] == ["1_c1_0", "2_c1_0"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: 1 of 3 training samples") and "1_c2_0" in warning
+    for split in (dataset.query, dataset.gallery):
+        assert len(split) == 3
+        assert_tiles(split[1][0], (16, 32), rgb=COLOURS["rgb"])
+
+
+def test_counts_other_than_the_known_ones_warn(tmp_path, capsys, monkeypatch):
+    write_rgbnt100(tmp_path)
+    data.load_dataset("rgbnt100", tmp_path)
+    warnings = capsys.readouterr().err.splitlines()
+    for warning, facts in zip(warnings, [("train", 3, 8675), ("query", 1, 1715), ("gallery", 2, 8575)], strict=True):
+        assert all(str(fact) in warning for fact in facts)
+    monkeypatch.setitem(data.DATASETS, "rgbnt100", replace(data.DATASETS["rgbnt100"], counts=(3, 1, 2)))
+    data.load_dataset("rgbnt100", tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_synthetic_is_read_where_it_is_and_only_in_this_version(tmp_path):
+    synthetic.write_dataset(tmp_path / "synthetic", train_ids=2, test_ids=1, captures=1, workers=1)
+    for root in (tmp_path, tmp_path / "synthetic"):
+        dataset = data.load_dataset("synthetic", root)
+        assert [len(split) for split in (dataset.train, dataset.query, dataset.gallery)] == [16, 8, 8]
+    (tmp_path / "synthetic/VERSION").write_text("0\n")
+    with pytest.raises(UserError, match=f"version 0, expected {synthetic.VERSION}; delete"):
+        data.load_dataset("synthetic", tmp_path)
+
+
+# --- errors
+
+
+def test_errors_of_finding(tmp_path):
+    with pytest.raises(UserError, match=r"'rgbnt1000': expected one of .*rgbnt100.*folder"):
+        data.load_dataset("rgbnt1000", tmp_path)
+    with pytest.raises(UserError, match="nowhere: no such folder; --data-root"):
+        data.load_dataset("rgbnt100", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no layout of rgbnt100") as error:
+        data.load_dataset("rgbnt100", tmp_path)
+    market = "{bounding_box_train,query,bounding_box_test}"
+    for tree in (f"rgbir/{market}/*", f"reid_set_{{R,N,T}}/{market}/*", "{train,validate}/{R,N,T}/*/*"):
+        assert f"\n  {tree}" in str(error.value)
+    write_rgbnt100(tmp_path)
+    with pytest.raises(UserError, match="no modality xray in rgbnt100; expected some of rgb, nir, tir"):
+        data.load_dataset("rgbnt100", tmp_path, ("rgb", "xray"))
+    (tmp_path / "rgbir/query/0502_c0003_000.jpg").unlink()
+    with pytest.raises(UserError, match="no usable images in split query; expected files at rgbir/"):
+        data.load_dataset("rgbnt100", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["portrait", "2020-01-05_c1"])
+def test_name_without_identity(tmp_path, name):
+    write_folder(tmp_path, [name])
+    with pytest.raises(UserError, match=f"{name}: no identity"):
+        data.load_dataset("folder", tmp_path)
+
+
+@pytest.mark.parametrize("width", [32, 64, 100])
+def test_mosaic_too_narrow_or_of_odd_width(tmp_path, width):
+    write_rgbnt100(tmp_path)
+    Image.new("RGB", (width, 16)).save(tmp_path / "rgbir/bounding_box_train/0501_c0001_010.jpg")
+    with pytest.raises(UserError, match=rf"c0001_010.jpg: {width}x16 pixels; a mosaic has tiles .* here 32x16, at least"):
+        data.load_dataset("rgbnt100", tmp_path).train[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("image_size", [None, (16, 32)])  # without a size nothing is kept in memory: workers read
+def test_truncated_jpeg_is_named_in_one_line(tmp_path, capsys, workers, image_size):
+    write_rgbnt100(tmp_path)
+    path = tmp_path / "rgbir/bounding_box_train/0501_c0002_000.jpg"
+    path.write_bytes(path.read_bytes()[:-100])
+    train = data.load_dataset("rgbnt100", tmp_path, image_size=image_size).train
+    capsys.readouterr()
+
+    readers = []
+
+    @runtime.program
+    def main():
+        readers.append(iter(data.loader(train, [[0], [1], [2]], workers, torch.device("cpu"))))
+        list(readers[0])
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    if readers and workers:
+        readers[0]._shutdown_workers()  # left to the garbage collector, each takes five seconds
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(f"error: {path}: not an image that can be read (")
+
+
+# --- reading
+
+
+def test_workers_and_memory_give_what_reading_gives(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0)
+    write_rgbnt100(tmp_path)
+    for path in (tmp_path / "rgbir/bounding_box_train").iterdir():
+        Image.fromarray(noise.integers(0, 256, (16, 96, 3), dtype=np.uint8)).save(path)
+    train = data.load_dataset("rgbnt100", tmp_path, image_size=(12, 20)).train
+    read = [train[i][0] for i in range(3)]
+    assert not torch.equal(read[0]["rgb"], read[1]["rgb"])
+    batches, cpu = [[2, 0], [1]], torch.device("cpu")
+    monkeypatch.setattr(data, "CACHE_BYTES", 3 * 3 * 3 * 12 * 20 - 1)
+    assert not train.keep_in_memory()
+    by_workers = list(data.loader(train, batches, 2, cpu))
+    monkeypatch.setattr(data, "CACHE_BYTES", 3 * 3 * 3 * 12 * 20)
+    assert train.keep_in_memory()
+    for path in (tmp_path / "rgbir/bounding_box_train").iterdir():
+        path.unlink()
+    for batch, (images, pids, keys), memory in zip(batches, by_workers, data.loader(train, batches, 2, cpu), strict=True):
+        assert pids.tolist() == train.pids[batch].tolist() and keys.tolist() == train.keys[batch].tolist()
+        assert torch.equal(pids, memory[1]) and torch.equal(keys, memory[2])
+        for modality in train.modalities:
+            expected = torch.stack([read[i][modality] for i in batch])
+            assert torch.equal(images[modality], expected) and torch.equal(memory[0][modality], expected)
+
+
+def test_hold_out():
+    train = data.Split(samples_of([(9, 0), (4, 0), (7, 1), (9, 0), (7, 0), (9, 3), (7, 1), (2, 5)]), ("rgb",))
+    rest, query, gallery = data.hold_out(train, 2)
+    assert [sample.name for sample in rest.samples] == ["001", "007"]  # identities 4 and 2
+    assert [sample.name for sample in query.samples] == ["000", "002", "004", "005"]
+    assert [sample.name for sample in gallery.samples] == ["000", "002", "003", "004", "005", "006"]
+
+
+# --- triplets
+
+PIDS = np.array([5, 7, 5, 3, 9, 5, 3, 7, 5, 3, 5])  # 5: five samples, 3: three, 7: two, 9: one
+
+
+def test_triplets():
+    triplets = data.make_triplets(PIDS, 3, np.random.default_rng(0))
+    anchors, positives, negatives = triplets.T
+    assert (
+        (PIDS[anchors] == PIDS[positives]).all() and (anchors != positives).all() and (PIDS[anchors] != PIDS[negatives]).all()
+    )
+    assert Counter(anchors.tolist()) == {i: 3 for i in range(11) if i != 4}
+    for anchor in set(anchors.tolist()):
+        used = positives[anchors == anchor]
+        assert len(set(used.tolist())) == {5: 3, 3: 2, 7: 1}[PIDS[anchor]]
+    assert (np.diff(anchors) != 0).sum() > 15  # shuffled: unshuffled, 10 anchors of 3 rows change 9 times
+    assert np.array_equal(triplets, data.make_triplets(PIDS, 3, np.random.default_rng(0)))
+    assert not np.array_equal(triplets, data.make_triplets(PIDS, 3, np.random.default_rng(1)))
+
+
+def test_positives_and_negatives_are_drawn_from_all_others_evenly():
+    drawn = np.concatenate([data.make_triplets(PIDS, 2, np.random.default_rng(seed)) for seed in range(300)])
+    for anchor in set(range(11)) - {4}:
+        rows = drawn[drawn[:, 0] == anchor]
+        same = {i for i in range(11) if PIDS[i] == PIDS[anchor] and i != anchor}
+        other = {i for i in range(11) if PIDS[i] != PIDS[anchor]}
+        for column, expected in ((1, same), (2, other)):
+            counts = Counter(rows[:, column].tolist())
+            assert set(counts) == expected
+            assert all(0.6 < count * len(expected) / 600 < 1.5 for count in counts.values())
+
+
+def test_triplet_batches():
+    batches = data.TripletBatches(torch.from_numpy(PIDS), 4, 2, seed=3)
+    first = list(batches)
+    assert len(batches) == len(first) == 20 // 4
+    for batch in first:
+        anchors, positives, negatives = (PIDS[batch[i : i + 4]] for i in (0, 4, 8))
+        assert len(batch) == 12 and (anchors == positives).all() and (anchors != negatives).all()
+    anchors = Counter(i for batch in first for i in batch[:4])
+    assert anchors == {i: 2 for i in range(11) if i != 4}
+    batches.epoch = 1
+    second = list(batches)
+    assert second != first and second == list(batches)
+    batches.start = 3  # goes on inside an epoch
+    assert list(batches) == second[3:] and len(batches) == 2
+    batches.epoch = batches.start = 0
+    assert list(batches) == first != list(data.TripletBatches(torch.from_numpy(PIDS), 4, 2, seed=4))
+
+
+def test_ranks_share_each_step(monkeypatch):
+    alone = list(data.TripletBatches(torch.from_numpy(PIDS), 6, 2, seed=0))
+    monkeypatch.setattr(runtime, "world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
+        batches = data.TripletBatches(torch.from_numpy(PIDS), 2, 2, seed=0)
+        parts.append([np.reshape(batch, (3, 2)) for batch in batches])
+        assert len(batches) == len(parts[rank]) == 3  # 20 triplets: two are left over
+    assert [np.concatenate(step, 1).ravel().tolist() for step in zip(*parts, strict=True)] == alone
+
+
+@pytest.mark.parametrize(
+    ("pids", "batch_size", "message"),
+    [
+        ([4, 4, 4], 1, "identities in the training data is 1: .* at least 2"),
+        ([1, 2, 3], 1, "single sample"),
+        ([1, 1, 2, 2], 9, "batch of 9 .* 8 triplets .* lower --batch-size"),
+    ],
+)
+def test_triplets_that_cannot_be_made(pids, batch_size, message):
+    with pytest.raises(UserError, match=message):
+        data.TripletBatches(torch.tensor(pids), batch_size, 2, seed=0)
+
+
+# --- augmentation
+
+
+def test_flips():
+    images = {modality: torch.randint(256, (4, 3, 6, 10), dtype=torch.uint8) for modality in ("rgb", "nir")}
+    draws = torch.full((4, 7), 0.99)  # nothing is erased
+    draws[:, :2] = torch.tensor([[0.6, 0.6], [0.4, 0.6], [0.6, 0.4], [0.4, 0.4]])
+    result = data.augment(images, draws)
+    for modality, image in images.items():
+        expected = [image[0], image[1].flip(-1), image[2].flip(-2), image[3].flip(-1, -2)]
+        assert torch.equal(result[modality], torch.stack(expected))
+
+
+def test_erased_rectangle_by_hand():
+    image = torch.randint(1, 256, (2, 3, 100, 100), dtype=torch.uint8)
+    side_40 = [0.14 / 0.31, np.log(1 / 0.3) / np.log(11)]  # 16% of the image, aspect 1
+    draws = torch.tensor([[0.9, 0.9, 0.4, *side_40, 0.5, 0.0], [0.9, 0.9, 0.4, *side_40, 0.999, 0.999]])
+    expected = image.clone()
+    expected[0, :, 30:70, 0:40] = 0  # 61 places for its top: 0.5 takes the 30th
+    expected[1, :, 60:, 60:] = 0
+    assert torch.equal(data.augment({"rgb": image}, draws)["rgb"], expected)
+
+
+@pytest.mark.parametrize("size", [(64, 128), (128, 64), (160, 160)])
+def test_erasing_is_the_same_in_all_modalities_and_within_its_bounds(size):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(1, 256, (100, 1, *size), dtype=torch.uint8, generator=generator).expand(-1, 3, -1, -1)
+    draws = torch.rand(100, 7, generator=generator)
+    draws[:4, 2:7] = torch.cartesian_prod(torch.tensor([0.0, 0.9999999]), torch.tensor([0.0, 0.9999999])).repeat(1, 3)[:, :5]
+    result = data.augment({"a": image, "b": image.clone(), "c": 255 - image // 2}, draws, erase=1.0)
+    assert torch.equal(result["a"], result["b"])
+    erased = result["a"] == 0
+    assert torch.equal(erased, result["c"] == 0)
+    area = erased[:, 0].flatten(1).float().mean(1)
+    assert area.min() > 0.018 and area.max() < 0.34 and area.max() > 0.25  # sides are rounded to pixels
+    rows, columns = erased[:, 0].any(2).sum(1), erased[:, 0].any(1).sum(1)
+    assert torch.equal(rows * columns, erased[:, 0].sum((1, 2)))  # one rectangle each
+
+
+def test_probabilities():
+    image = torch.randint(1, 256, (400, 3, 16, 32), dtype=torch.uint8)
+    draws = torch.rand(400, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(data.augment({"rgb": image}, draws, flip_x=0, flip_y=0, erase=0)["rgb"], image)
+    erased = (data.augment({"rgb": image}, draws)["rgb"] == 0).flatten(1).any(1)
+    assert 0.4 < erased.float().mean() < 0.6
+
+
+def test_normalise_by_hand():
+    images = {"rgb": torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1), "nir": torch.zeros(1, 3, 1, 1)}
+    mean, std = {"rgb": (0.5, 0.1, 0.0), "nir": (0.3,) * 3}, {"rgb": (0.25, 0.5, 2.0), "nir": (0.1,) * 3}
+    result = data.normalise(images, mean, std)
+    assert result["rgb"].dtype == torch.float32
+    torch.testing.assert_close(result["rgb"].ravel(), torch.tensor([-2.0, 0.2, 0.5]))
+    torch.testing.assert_close(result["nir"].ravel(), torch.tensor([-3.0] * 3))

@@ -1,0 +1,269 @@
+"""The model equals its references: timm's ViT, torch's encoder layer, and a GraFT written out modality by modality."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import model
+from model import BACKBONES, GraFT, GraFTConfig, ModalityEncoder, ViT, build_model, load_backbone
+from runtime import UserError
+
+SIZE = (32, 64)
+TINY = dict(image_size=SIZE, dim=32, depth=2, heads=2, encoder_heads=4, encoder_hidden=48, num_ids=5)
+
+
+def tiny(**changes) -> GraFT:
+    torch.manual_seed(0)
+    return build_model(GraFTConfig(**{**TINY, **changes}))
+
+
+def photos(batch=3, modalities=("rgb", "nir", "tir"), size=SIZE):
+    generator = torch.Generator().manual_seed(1)
+    return {modality: torch.randn(batch, 3, *size, generator=generator) for modality in modalities}
+
+
+def timm_vit(distilled: bool, size=SIZE, dim=32, depth=2, heads=2):
+    kind = timm.models.deit.VisionTransformerDistilled if distilled else timm.models.VisionTransformer
+    torch.manual_seed(0)
+    return kind(img_size=size, patch_size=16, embed_dim=dim, depth=depth, num_heads=heads, num_classes=7)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_vit_equals_timm_in_value_and_gradient(distilled, tmp_path):
+    theirs, ours = timm_vit(distilled), ViT(SIZE, 16, 32, 2, 2, distilled)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    assert set(load_backbone(ours, tmp_path / "timm.pth")) == {n for n in theirs.state_dict() if n.startswith("head")}
+    x = photos()["rgb"]
+    a, b = ours(x), theirs.forward_features(x)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-3, rtol=1e-4)
+
+
+def test_deit_base_equals_timm():
+    theirs = timm.create_model("deit_base_distilled_patch16_224").eval()
+    ours = ViT().eval()
+    ours.load_state_dict({name: w for name, w in theirs.state_dict().items() if not name.startswith("head")})
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs.forward_features(x), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 34, 16), (2, 2, 130, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_and_without_gradients_is_the_same(shape, dtype):
+    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
+    expected = ((q.double() @ k.double().transpose(-2, -1)) / 4).softmax(-1) @ v.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for inputs in ((q, k, v), (q.requires_grad_(), k, v)):
+        torch.testing.assert_close(model.attend(*inputs).double(), expected, atol=tolerance, rtol=0)
+
+
+def test_encoder_equals_torch():
+    theirs, ours = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval(), ModalityEncoder(32, 4, 48).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(x, [0, 4]), theirs(x)[:, [0, 4]], atol=1e-5, rtol=0)
+    ours(x, [0, 4]).square().sum().backward()
+    theirs(x)[:, [0, 4]].square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_encoder_starts_as_torchs_does():
+    torch.manual_seed(0)
+    ours, theirs = ModalityEncoder(64, 4, 128), nn.TransformerEncoderLayer(64, 4, 128)
+    for (name, a), (_, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        torch.testing.assert_close(a.std(), b.std(), atol=5e-3, rtol=0.1, msg=name)
+
+
+def test_dropout_acts_in_training_only():
+    encoder, x = ModalityEncoder(32, 4, 48, dropout=0.5), torch.randn(2, 9, 32)
+    assert not torch.equal(encoder(x), encoder(x))
+    encoder.eval()
+    assert torch.equal(encoder(x), encoder(x))
+
+
+@pytest.mark.parametrize("L, index", [(1, 0), (1, 5), (2, 3)])
+def test_graft_is_the_papers_figure(L, index):
+    """Fig. 3 and Eq. (3) to (7), (11), (12), one modality at a time, with torch's own encoder layer."""
+    graft, images = tiny(fusion_tokens=L, data_token=index).eval(), photos()
+    fusion, data = [], []
+    for modality, image in images.items():
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval()
+        layer.load_state_dict(graft.encoders[modality].state_dict())
+        z = layer(torch.cat([graft.fusion_token.expand(3, -1, -1), graft.backbone(image)], 1))
+        fusion.append(z[:, :L].flatten(1))
+        data.append(z[:, L + index : 2 * L + index].flatten(1))
+    out = graft(images)
+    torch.testing.assert_close(out.fusion, sum(fusion) / 3, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.data, sum(data) / 3, atol=1e-5, rtol=0)
+    assert out.fusion.shape == (3, L * 32) and graft.classify(out.fusion).shape == (3, 5)
+
+
+def test_a_subset_of_modalities_in_eval_mode_is_the_mean_of_those_present():
+    graft, images = tiny().eval(), photos()
+    rgb, tir = (graft({name: images[name]}).fusion for name in ("rgb", "tir"))
+    both = graft({name: images[name] for name in ("rgb", "tir")}).fusion
+    torch.testing.assert_close(both, (rgb + tir) / 2, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="training needs all"):
+        graft.train()({"rgb": images["rgb"]})
+    with pytest.raises(ValueError, match="depth"):
+        graft.eval()({"depth": images["rgb"]})
+
+
+def test_embeddings_are_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tiny()(photos())
+    assert out.fusion.dtype == out.data.dtype == torch.float32
+
+
+@pytest.mark.parametrize("modalities, millions", [(("rgb", "nir", "tir"), 102.34), (("rgb", "nir"), 96.83)])
+def test_papers_parameter_counts(modalities, millions):
+    with torch.device("meta"):
+        assert build_model(GraFTConfig(modalities)).num_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_initialisation():
+    graft = tiny(dim=64)
+    bound = (6 / 65) ** 0.5  # Xavier
+    assert bound / 2 < graft.fusion_token.abs().max().item() <= bound
+    assert graft.classifier.weight.std().item() == pytest.approx(1e-3, rel=0.2) and graft.classifier.bias is None
+    assert not graft.bottleneck.bias.requires_grad and not graft.bottleneck.bias.any()
+    assert graft.bottleneck.weight.requires_grad
+
+
+def test_bnneck_is_batchnorm():
+    graft, x = tiny(), torch.randn(6, 32)
+    reference = nn.BatchNorm1d(32)
+    torch.testing.assert_close(graft.bottleneck(x), reference(x))
+    torch.testing.assert_close(graft.bottleneck.running_var, reference.running_var)
+    torch.testing.assert_close(graft.bottleneck.eval()(x), reference.eval()(x))
+    with pytest.raises(UserError, match="batch of 1"):
+        graft.bottleneck.train()(x[:1])
+
+
+def test_frozen_backbone_has_no_gradients_and_no_graph():
+    graft = tiny()
+    graft.freeze_backbone(True)
+    assert not graft.extract(photos()).requires_grad and not graft.backbone.training and graft.encoders.training
+    graft(photos()).fusion.sum().backward()
+    assert all(p.grad is None for p in graft.backbone.parameters())
+    assert all(p.grad is not None for p in graft.encoders.parameters())
+    graft.freeze_backbone(False)
+    graft(photos()).fusion.sum().backward()
+    assert all(p.grad is not None for p in graft.backbone.parameters()) and graft.backbone.training
+
+
+def test_checkpointing_changes_memory_not_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        graft = tiny(dropout=0.0)
+        graft.backbone.checkpointing = checkpointing
+        graft(photos()).fusion.square().sum().backward()
+        gradients.append([p.grad for p in graft.backbone.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+# --- pretrained weights
+
+
+def test_torchvision_weights(tmp_path):
+    theirs = torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 128).eval()
+    nn.init.normal_(theirs.heads.head.weight, std=0.02)
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    ours = ViT((32, 32), 16, 32, 2, 2, distilled=False).eval()
+    assert load_backbone(ours, tmp_path / "tv.pth") == ["heads.head.weight", "heads.head.bias"]
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(theirs.heads(ours(x)[:, 0]), theirs(x), atol=1e-5, rtol=0)
+
+
+def test_released_deit_file_and_our_own_checkpoint(tmp_path):
+    source = tiny()
+    weights = source.backbone.state_dict()
+    torch.save({"model": {**weights, "head.weight": torch.ones(7, 32)}}, tmp_path / "deit.pth")
+    ours = {"model": source.state_dict(), "config": {"image_size": SIZE}}
+    torch.save(ours, tmp_path / "last.pt")
+    for name in ("deit.pth", "last.pt"):
+        target = build_model(GraFTConfig(**TINY))
+        load_backbone(target, tmp_path / name)
+        torch.testing.assert_close(dict(target.backbone.state_dict()), dict(weights))
+        assert not torch.equal(target.encoders["rgb"].linear1.weight, source.encoders["rgb"].linear1.weight)
+
+
+def test_position_embeddings_are_resized(tmp_path):
+    square = timm_vit(True, (64, 64))
+    nn.init.normal_(square.pos_embed)
+    torch.save(square.state_dict(), tmp_path / "square.pth")
+    wide = ViT((32, 128), 16, 32, 2, 2)
+    load_backbone(wide, tmp_path / "square.pth")
+    resample = timm.layers.resample_abs_pos_embed
+    expected = resample(square.pos_embed, (2, 8), (4, 4), num_prefix_tokens=2, interpolation="bicubic", antialias=True)
+    torch.testing.assert_close(wide.pos_embed, expected, atol=1e-5, rtol=0)
+
+
+def test_position_embeddings_of_our_own_wide_checkpoint_are_resized(tmp_path):
+    source = ViT((32, 128), 16, 32, 2, 2)
+    torch.save({"model": source.state_dict(), "config": {"image_size": (32, 128)}}, tmp_path / "ours.pt")
+    target = ViT((64, 64), 16, 32, 2, 2)
+    load_backbone(target, tmp_path / "ours.pt")
+    expected = model.resize_pos_embed(source.pos_embed, 2, (2, 8), (4, 4))
+    torch.testing.assert_close(target.pos_embed, expected)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    target = ViT(SIZE, 16, 32, 2, 2)
+
+    def load(state):
+        torch.save(state, tmp_path / "file.pth")
+        load_backbone(target, tmp_path / "file.pth")
+
+    with pytest.raises(UserError, match=r"lacks dist_token.*--no-distilled"):
+        load(ViT(SIZE, 16, 32, 2, 2, distilled=False).state_dict())
+    with pytest.raises(UserError, match=r"shape \(48, 3, 16, 16\)|shape \(1, 1, 48\)"):
+        load(ViT(SIZE, 16, 48, 2, 2).state_dict())
+    with pytest.raises(UserError, match=r"has also blocks\.2"):
+        load(ViT(SIZE, 16, 32, 3, 2).state_dict())
+    with pytest.raises(UserError, match="no state dict"):
+        load({"epoch": 3})
+    with pytest.raises(UserError, match="no such file"):
+        load_backbone(target, tmp_path / "absent.pth")
+
+
+def test_deit_without_network_says_which_file_to_put_where(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match=r"deit_base_distilled_patch16_224-df68dfff\.pth.*put it at .*--backbone-weights"):
+        load_backbone(ViT(SIZE, 16, 32, 2, 2), "deit")
+
+
+def test_the_embedded_backbone_loads():
+    from train import EMBEDDED
+
+    small = build_model(GraFTConfig(image_size=EMBEDDED.image_size, **BACKBONES[EMBEDDED.backbone]))
+    before = small.backbone.pos_embed.clone()
+    assert load_backbone(small, EMBEDDED.backbone_weights) == []
+    assert not torch.equal(before, small.backbone.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(image_size=(30, 64)), "30x64.*patch 16"),
+        (dict(heads=3), "3 heads"),
+        (dict(encoder_heads=5), "5 encoder heads"),
+        (dict(data_token=10), "data token 10: expected 0 to 9"),
+        (dict(fusion="sum"), "fusion 'sum'"),
+    ],
+)
+def test_impossible_models_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**changes)
