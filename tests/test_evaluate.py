@@ -1,0 +1,147 @@
+"""Ranking equals a brute-force loop, ties and junk included; embeddings stay with their samples; bad files are refused."""
+
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+from evaluate import rank_metrics
+from model import GraFTConfig, build_model
+from runtime import UserError
+
+CPU = torch.device("cpu")
+
+
+def brute_force(query, gallery, query_pids, gallery_pids, query_keys, gallery_keys, max_rank=50):
+    """One query at a time; a wrong sample as close as a match goes before it."""
+    average, inverse, first = [], [], []
+    for q, pid, key in zip(query, query_pids, query_keys, strict=True):
+        kept = []
+        for g, gallery_pid, gallery_key in zip(gallery, gallery_pids, gallery_keys, strict=True):
+            if not (pid == gallery_pid and key == gallery_key):
+                kept.append((-float(q @ g / g.norm()), bool(pid == gallery_pid)))
+        ranks = [rank for rank, (_, match) in enumerate(sorted(kept), 1) if match]
+        if ranks:
+            average.append(sum(k / rank for k, rank in enumerate(ranks, 1)) / len(ranks))
+            inverse.append(len(ranks) / ranks[-1])
+            first.append(ranks[0])
+    cmc = [sum(rank <= r for rank in first) / len(first) for r in range(1, max_rank + 1)]
+    return sum(average) / len(average), cmc, sum(inverse) / len(inverse), len(first)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ranking_equals_brute_force(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    # Entries of -1 and 1 in 16 dimensions: cosines are exact multiples of 1/8, so ties abound
+    query, gallery = 2.0 * integers(2, 20, 16) - 1, 2.0 * integers(2, 60, 16) - 1
+    keys = integers(3, 20), integers(3, 60)
+    pids = integers(12, 20), integers(9, 60)  # identities 9 to 11 have no match
+    expected = brute_force(query, gallery, *pids, *keys)
+    for block in (2**24, 150):  # 150: two queries at a time
+        metrics = rank_metrics(query, gallery, *pids, *keys, block=block)
+        assert metrics.mAP == pytest.approx(expected[0], abs=1e-6)
+        assert metrics.cmc.tolist() == pytest.approx(expected[1], abs=1e-6)
+        assert metrics.mINP == pytest.approx(expected[2], abs=1e-6)
+        assert metrics.num_valid == expected[3]
+
+
+def test_ranking_by_hand():
+    query = torch.tensor([[1.0, 0.0]])
+    gallery = torch.tensor([[9.0, 0.0], [2.0, 0.2], [1.0, 1.0], [0.0, 3.0]])  # norms must not matter
+    pids, keys = torch.tensor([1, 2, 1, 1]), torch.tensor([0, 1, 1, 2])
+    metrics = rank_metrics(query, gallery, torch.tensor([1]), pids, torch.tensor([0]), keys)
+    # the first is the query's own camera; then a wrong one, then both matches
+    assert metrics.mAP == pytest.approx((1 / 2 + 2 / 3) / 2) and metrics.mINP == pytest.approx(2 / 3)
+    assert metrics.cmc[:3].tolist() == [0, 1, 1] and metrics.num_valid == 1
+
+
+def test_a_collapsed_model_scores_lowest():
+    same = torch.ones(10, 4)
+    pids = torch.arange(10) % 5
+    metrics = rank_metrics(same, same, pids, pids, torch.zeros(10, dtype=torch.int64), torch.ones(10, dtype=torch.int64))
+    assert metrics.cmc[0] == 0 and metrics.mAP < 0.2
+
+
+def test_no_match_at_all():
+    one = torch.ones(1, 4)
+    metrics = rank_metrics(one, one, torch.tensor([1]), torch.tensor([2]), torch.tensor([0]), torch.tensor([1]))
+    assert (metrics.mAP, metrics.mINP, metrics.num_valid) == (0, 0, 0)
+
+
+def small_model():
+    torch.manual_seed(0)
+    config = GraFTConfig(("rgb", "tir"), 3, (16, 32), 16, 32, 1, 2, encoder_heads=2, encoder_hidden=32)
+    return build_model(config).eval()
+
+
+def test_embeddings_stay_with_their_samples(tmp_path, monkeypatch):
+    """Samples with and without TIR, in batches of two: each row is what the sample alone gives."""
+    for i in range(7):
+        for modality in ("rgb", "tir"):
+            if modality == "rgb" or i % 3:
+                path = tmp_path / modality / f"{i}_c1.png"
+                path.parent.mkdir(exist_ok=True)
+                Image.new("RGB", (32, 16), (30 * i, 200 - 20 * i, 90)).save(path)
+    samples = [
+        data.Sample(str(i), i, 0, {m: (tmp_path / m / f"{i}_c1.png", None) for m in (["rgb", "tir"] if i % 3 else ["rgb"])})
+        for i in range(7)
+    ]
+    split = data.Split(samples, ("rgb", "tir"), (16, 32))
+    facts = {m: (0.5, 0.5, 0.5) for m in ("rgb", "tir")}
+    model = small_model()
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", 2)
+    features = evaluate.embed(model, split, facts, facts, CPU, "fp32", 0)
+    for i in range(7):
+        images = {m: image[None] for m, image in split[i][0].items()}
+        alone = model(data.normalise(images, facts, facts)).fusion[0]
+        torch.testing.assert_close(features[i], alone / alone.norm(), atol=1e-5, rtol=0)
+
+
+def test_checkpoints_that_are_none(tmp_path):
+    path = tmp_path / "file.pt"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    def refused(match):
+        with pytest.raises(UserError, match=match):
+            evaluate.load_model(path)
+
+    refused("no such file")
+    path.write_bytes(b"not a checkpoint")
+    refused("not a checkpoint")
+    path.write_bytes(pickle.dumps({"model": Evil()}))
+    refused("not a checkpoint")
+    torch.save({"model": Evil()}, path)
+    refused("not a checkpoint")
+    assert not (tmp_path / "ran").exists()
+    torch.save([1, 2], path)
+    refused("holds a list")
+    torch.save({"model": {}}, path)
+    refused("lacks config, settings")
+    good = {"config": {"modalities": ("rgb",), "dim": 32, "heads": 2}, "model": {}, "settings": {}, "mean": {}, "std": {}}
+    torch.save(good, path)
+    refused("do not fit")
+    torch.save({**good, "config": {"wings": 2}}, path)
+    refused("wings")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused("not a checkpoint")
+
+
+def test_a_damaged_record_is_found(tmp_path):
+    path = tmp_path / "file.pt"
+    torch.save({"model": torch.arange(10000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        evaluate.load_model(path)

@@ -1,0 +1,190 @@
+"""The programs as a user runs them, at tiny size: schedule, stages, resuming, evaluation to the last digit, mistakes."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import run, tiny_arguments
+from PIL import Image
+
+import evaluate
+import train
+from runtime import load_checkpoint
+
+
+def test_schedule_by_hand():
+    factors = [train.lr_factor(step, 100, 10) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1 and factors[40] == pytest.approx(0.5) and factors[89] == pytest.approx((10 / 89) ** 0.5)
+    reached = (10 / 90) ** 0.5
+    assert factors[90:] == pytest.approx([reached * left / 10 for left in range(10, 0, -1)])
+    assert all(0 < factor <= 1 for factor in factors)
+    assert [train.lr_factor(step, 4, 100) for step in range(4)] == pytest.approx([0.01, 0.02, 0.03, 0.04])
+    assert train.lr_factor(0, 10, 0) == 1
+
+
+def test_papers_recipe_is_the_default_of_the_benchmarks():
+    args = train.parse(["--dataset", "rgbnt100"])
+    first, second = args.stages
+    assert (args.backbone, args.image_size, args.positives, args.batch_size) == ("deit-b", (224, 224), 8, 26)
+    assert (args.triplet, args.alpha, args.gamma, args.flips, args.erase) == ("FFD", 0.5, 0.5, (0.5, 0.5), 0.5)
+    assert (first.frozen, first.beta, first.label_smoothing, first.schedule) == (True, 0, 0, "sqrt")
+    assert (second.frozen, second.beta, second.label_smoothing, second.schedule) == (False, 0.0005, 0.1, "constant")
+    assert second.lr == 5e-6
+    assert train.parse(["--epochs", "3", "0", "--lr", "1e-4", "2e-4"]).stages[0].lr == 1e-4
+
+
+def test_a_run_writes_what_it_did(trained):
+    events = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "epoch", "epoch", "epoch", "epoch", "test"]
+    epochs = events[1:5]
+    assert [(event["stage"], event["epoch"]) for event in epochs] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert epochs[0]["center"] == 0 < epochs[2]["center"] and epochs[2]["lr"] == epochs[3]["lr"]
+    assert all(event["triplets_per_second"] > 0 for event in epochs)
+    settings = json.loads((trained / "config.json").read_text())
+    assert settings["seed"] == 0 and settings["stages"][1]["label_smoothing"] == 0.1
+    stdout = (trained / "stdout.txt").read_text()
+    assert "torch" in stdout and "stage 2 epoch 2/2" in stdout and "mAP" in stdout
+
+
+def test_stages_train_what_they_should(trained, tiny_data, tmp_path):
+    """Stage 1 leaves the backbone alone, stage 2 moves it and the centroids; no stage changes the frozen biases."""
+    out = tmp_path / "one"
+    assert run("train.py", *tiny_arguments(tiny_data, out), "--epochs", 2, 0).returncode == 0
+    one, both = (load_checkpoint(folder / "last.pt") for folder in (out, trained))
+    torch.manual_seed(0)
+    fresh = train.build_model(train.GraFTConfig(**both["config"])).state_dict()
+    for name, weight in fresh.items():
+        moved_in_one, moved_in_both = not torch.equal(one["model"][name], weight), not torch.equal(both["model"][name], weight)
+        if name.startswith("backbone."):
+            assert not moved_in_one and moved_in_both, name
+        elif name == "bottleneck.bias":
+            assert not moved_in_one and not moved_in_both
+        else:
+            assert moved_in_one and moved_in_both, name
+    assert not one["criterion"]["center.centers"].any() and both["criterion"]["center.centers"].any(1).all()
+
+
+def test_evaluation_of_the_checkpoint_equals_trainings_to_the_last_digit(trained, tmp_path):
+    done = run("evaluate.py", trained / "last.pt", "--json", tmp_path / "again.json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.json").read_text() == (trained / "metrics.json").read_text()
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert (metrics["num_query"], metrics["num_gallery"], metrics["num_valid"]) == (24, 48, 24)
+    assert 0 < metrics["mINP"] <= metrics["mAP"] <= 1 and metrics["R1"] <= metrics["R5"] <= metrics["R10"] <= 1
+
+
+def test_evaluation_on_fewer_modalities(trained, tmp_path):
+    done = run("evaluate.py", trained / "last.pt", "--modalities", "rgb,tir", "--json", tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two.json").read_text())["mAP"] != json.loads((trained / "metrics.json").read_text())["mAP"]
+
+
+def test_same_seed_same_run_and_resuming_changes_nothing(trained, tiny_data, tmp_path, monkeypatch):
+    """Interrupted in stage 2 after its first epoch, then resumed: the weights of the run that was not."""
+    out = tmp_path / "run"
+    save = train.Run.save
+
+    def save_then_stop(self, optimizer, stage, epoch):
+        save(self, optimizer, stage, epoch)
+        if (stage, epoch) == (2, 1):
+            raise KeyboardInterrupt
+
+    arguments = [str(argument) for argument in tiny_arguments(tiny_data, out)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the run it is compared with
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setattr(train.Run, "save", save_then_stop)
+    with pytest.raises(SystemExit, match="130"):
+        train.main()
+    torch.set_num_threads(threads)
+    assert not (out / "metrics.json").exists()
+    done = run("train.py", *arguments, "--resume")
+    assert done.returncode == 0 and "stage 1" not in done.stdout, done.stderr
+    a, b = load_checkpoint(trained / "last.pt"), load_checkpoint(out / "last.pt")
+    for name, weight in a["model"].items():
+        assert torch.equal(weight, b["model"][name]), name
+    assert (out / "metrics.json").read_text() == (trained / "metrics.json").read_text()
+
+
+def test_an_occupied_folder_is_left_alone(trained, tiny_data):
+    before = (trained / "last.pt").read_bytes()
+    done = run("train.py", *tiny_arguments(tiny_data, trained))
+    assert done.returncode == 2 and "holds a run already" in done.stderr and "Traceback" not in done.stderr
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_accumulation_checkpointing_validation_and_bf16_run(tiny_data, tmp_path):
+    out = tmp_path / "run"
+    options = ["--accumulate", 2, "--checkpointing", "--val-ids", 2, "--precision", "bf16", "--batch-size", 4, "--epochs", 1, 1]
+    done = run(
+        "train.py", *tiny_arguments(tiny_data, out), *options, "--triplet", "DFF", "--fusion-tokens", 2, "--data-token", 5
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 steps an epoch" in done.stdout  # 2 of 4 identities x 16 samples / (4 x 2)
+    assert "validation mAP" in done.stdout
+
+
+def mistakes(tiny_data, trained, tmp_path):
+    """(program, arguments, what the line must say)"""
+    tiny = tiny_arguments(tiny_data, tmp_path / "out")
+    one = tmp_path / "one" / "synthetic"
+    shutil.copytree(tiny_data, one)
+    for path in (one / "rgbir" / "bounding_box_train").glob("000[234]_*"):
+        path.unlink()
+    empty = tmp_path / "empty" / "synthetic"
+    shutil.copytree(tiny_data, empty)
+    for path in (empty / "rgbir" / "query").glob("*"):
+        path.unlink()
+    cut = tmp_path / "cut" / "synthetic"
+    shutil.copytree(tiny_data, cut)
+    victim = sorted((cut / "rgbir" / "bounding_box_train").glob("*"))[3]
+    victim.write_bytes(victim.read_bytes()[:900])
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"fc.weight": torch.zeros(3)}, foreign)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    return [
+        (train, ["--dataset", "rgbnt100", "--data-root", tmp_path / "nowhere"], "nowhere: no such folder"),
+        (train, ["--dataset", "rgbnt100", "--data-root", tmp_path], "no layout of rgbnt100"),
+        (train, [*tiny, "--data-root", empty], "no usable images in split query"),
+        (train, [*tiny, "--data-root", one], "identities in the training data is 1"),
+        (train, [*tiny, "--data-root", cut], f"{victim.name}: not an image that can be read"),
+        (train, [*tiny, "--batch-size", 65], "batch of 65 triplets on 1 rank"),
+        (train, [*tiny, "--batch-size", 0], "--batch-size 0: expected at least 1"),
+        (train, [*tiny, "--modalities", "rgb,depth"], "no modality depth"),
+        (train, [*tiny, "--image-size", 60, 128], "60x128: patch 16 does not divide"),
+        (train, [*tiny, "--backbone-weights", foreign], "not the weights of this backbone"),
+        (train, [*tiny, "--backbone-weights", tmp_path / "absent.pth"], "absent.pth: no such file"),
+        (train, [*tiny, "--out", picture], "cannot be made"),
+        (train, [*tiny, "--val-ids", 4], "identities in the training data is 0"),
+        (evaluate, [picture], "not a checkpoint"),
+        (evaluate, [tmp_path / "absent.pt"], "absent.pt: no such file"),
+        (evaluate, [trained / "last.pt", "--modalities", "depth"], "--modalities depth: the model was trained on rgb,nir,tir"),
+    ]
+
+
+def test_a_users_mistakes_give_one_line_and_exit_code_2(tiny_data, trained, tmp_path, monkeypatch, capsys):
+    for program, arguments, message in mistakes(tiny_data, trained, tmp_path):
+        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            program.main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert stopped.value.code == 2, arguments
+        assert len(lines) == 1 and message in lines[0], (arguments, lines)
+        assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_an_unreadable_image_in_a_worker_process_gives_one_line(tiny_data, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "synthetic"
+    shutil.copytree(tiny_data, root)
+    victim = sorted((root / "rgbir" / "bounding_box_train").glob("*"))[0]
+    victim.write_bytes(b"")
+    monkeypatch.setattr(train.data, "CACHE_BYTES", 0)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, tiny_arguments(root, tmp_path / "out")), "--workers", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    error = capsys.readouterr().err
+    assert f"{victim}: not an image" in error and "Traceback" not in error

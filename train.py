@@ -1,0 +1,409 @@
+"""Train GraFT in two stages (section 4.1) and evaluate it.
+
+python train.py                                                            the embedded data set
+torchrun --nproc_per_node=8 train.py --dataset rgbnt100 --data-root DIR    the paper's recipe
+"""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import evaluate
+import runtime
+from losses import SCHEMES, GraFTLoss
+from model import BACKBONES, GraFT, GraFTConfig, build_model, load_backbone
+from runtime import UserError
+
+# --- recipes: the two stages as data
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training. `beta` and `label_smoothing` change between stages; alpha and gamma do not (section 4.2)."""
+
+    frozen: bool  # the backbone
+    epochs: int
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]  # AdamW's
+    schedule: str  # "sqrt": warm-up, square-root decay, cool-down; "constant"
+    beta: float  # center loss
+    label_smoothing: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a data set: model, weights, sampling, stages. Any of them can be given on the command line."""
+
+    backbone: str
+    backbone_weights: str
+    image_size: tuple[int, int]
+    positives: int
+    warmup_steps: int
+    flips: tuple[float, float]  # probabilities: horizontal, vertical
+    erase: float  # probability of random erasing
+    stages: tuple[Stage, Stage]
+
+
+PAPER = Recipe(
+    backbone="deit-b",  # paper, 3.2
+    backbone_weights="deit",
+    image_size=(224, 224),  # paper, 5.2
+    positives=8,  # paper, 5.2
+    warmup_steps=500,  # published code
+    flips=(0.5, 0.5),  # paper, 5.2
+    erase=0.5,  # published code
+    stages=(
+        # epochs, decay and betas: published code; the rest: paper, 4.2 and 5.2
+        Stage(True, 40, 2.54e-5, 0.05, (0.839, 0.978), "sqrt", beta=0.0, label_smoothing=0.0),
+        Stage(False, 60, 5e-6, 0.0013, (0.836, 0.979), "constant", beta=0.0005, label_smoothing=0.1),  # beta: see D2
+    ),
+)
+EMBEDDED = Recipe(  # ours: what reaches most in four minutes on two CPU cores; chosen on other vehicles, see RESULTS.md
+    backbone="small",
+    backbone_weights=str(Path(__file__).parent / "weights" / "vit-small-rgb.pth"),
+    image_size=(64, 128),
+    positives=1,
+    warmup_steps=30,
+    flips=(0.5, 0.0),  # ours: in so few steps, vehicles upside down and erasing cost more than they give
+    erase=0.0,
+    stages=(
+        Stage(True, 2, 2.5e-3, 0.05, (0.9, 0.98), "sqrt", beta=0.0, label_smoothing=0.0),
+        Stage(False, 4, 1.2e-3, 0.05, (0.9, 0.98), "sqrt", beta=0.0005, label_smoothing=0.1),
+    ),
+)
+
+
+def lr_factor(step: int, total_steps: int, warmup_steps: int, cooldown: float = 0.1) -> float:
+    """What a stage's learning rate is multiplied by at `step` (0 .. total_steps - 1); section 5.2 and published code.
+
+    Linear warm-up to 1 at the end of `warmup_steps`, then sqrt(warmup / step), and over the last `cooldown` of all steps
+    linearly from what was reached to 0.
+    """
+    warmup = max(1, warmup_steps)
+    start = total_steps - round(cooldown * total_steps)  # the cool-down's first step
+    at = min(step, start)
+    factor = (at + 1) / warmup if at < warmup else (warmup / at) ** 0.5
+    return factor * (total_steps - step) / (total_steps - start) if step >= start else factor
+
+
+# --- a run
+
+
+class TrainingStep(nn.Module):
+    """From images to losses: all that DistributedDataParallel has to see."""
+
+    def __init__(self, model: GraFT, criterion: GraFTLoss, device: torch.device, precision: str):
+        super().__init__()
+        self.model, self.criterion, self.device, self.precision = model, criterion, device, precision
+
+    def forward(self, images: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """images (3B, 3, H, W) of anchors, positives and negatives; labels (B,) of the anchors."""
+        with runtime.autocast(self.device, self.precision):
+            embeddings = self.model(images)
+        logits = self.model.classify(embeddings.fusion[: len(labels)])
+        return self.criterion(embeddings, logits, labels)
+
+
+@dataclass
+class Run:
+    """What every stage works on."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dataset: data.Dataset
+    validation: tuple[data.Split, data.Split] | None
+    model: GraFT
+    criterion: GraFTLoss
+    log: runtime.RunLog
+
+    @property
+    def pids(self) -> Tensor:
+        """The training identities, sorted: label i is the identity pids[i]."""
+        return self.dataset.train.pids.unique()
+
+    def labels(self, pids: Tensor) -> Tensor:
+        return torch.searchsorted(self.pids, pids)
+
+    def save(self, optimizer: torch.optim.Optimizer, stage: int, epoch: int) -> None:
+        """Write OUT/last.pt: everything that evaluation, or going on, needs. Draws depend on (seed, epoch, step) alone."""
+        if runtime.rank() == 0:
+            checkpoint = {
+                "config": asdict(self.model.config),
+                "model": self.model.state_dict(),
+                "criterion": self.criterion.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "progress": {"stage": stage, "epoch": epoch},
+                "pids": self.pids.tolist(),
+                "mean": self.dataset.mean,
+                "std": self.dataset.std,
+                "settings": settings(self.args),
+            }
+            runtime.save_checkpoint(self.args.out / "last.pt", checkpoint)
+
+    def evaluate(self, query: data.Split, gallery: data.Split) -> dict:
+        args, dataset = self.args, self.dataset
+        return evaluate.evaluate(
+            self.model, query, gallery, dataset.mean, dataset.std, self.device, args.precision, args.workers
+        )
+
+
+def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_state: dict | None = None) -> None:
+    """Train one stage, from epoch `done` on; saves a checkpoint after each epoch."""
+    args, model, criterion = run.args, run.model, run.criterion
+    model.train()
+    model.freeze_backbone(stage.frozen)
+    criterion.weights(args.alpha, stage.beta, args.gamma, stage.label_smoothing)
+    if stage.beta and not done:
+        features = evaluate.embed(model, run.dataset.train, run.dataset.mean, run.dataset.std, run.device, args.precision)
+        criterion.center.start_at_means(features, run.labels(run.dataset.train.pids))
+    step = TrainingStep(model, criterion, run.device, args.precision)
+    if runtime.world_size() > 1:
+        step = DistributedDataParallel(step, gradient_as_bucket_view=True)
+    centers = [p for p in criterion.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": stage.lr}]
+    groups += [{"params": centers, "lr": args.center_lr, "weight_decay": 0.0}] if centers else []
+    fused = run.device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay, fused=fused)
+    if optimizer_state:
+        optimizer.load_state_dict(optimizer_state)
+    batches = data.TripletBatches(run.dataset.train.pids, args.batch_size, args.positives, args.seed)
+    if len(batches) < args.accumulate:
+        raise UserError(f"--accumulate {args.accumulate}: an epoch has only {len(batches)} batches")
+    trainable = sum(p.numel() for group in groups for p in group["params"])
+    runtime.print0(
+        f"stage {number}: {len(batches) // args.accumulate} steps an epoch, {trainable / 1e6:.2f} M parameters train"
+    )
+    for epoch in range(done, stage.epochs):
+        losses = train_epoch(run, number, stage, epoch, step, optimizer, batches)
+        run.save(optimizer, number, epoch + 1)
+        record = {"stage": number, "epoch": epoch + 1, **losses}
+        if run.validation:
+            record["validation"] = run.evaluate(*run.validation)
+        run.log.write("epoch", **record)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        shown += f"  validation mAP {100 * record['validation']['mAP']:.1f}" if run.validation else ""
+        runtime.print0(f"stage {number} epoch {epoch + 1}/{stage.epochs}  {shown}")
+
+
+def train_epoch(run: Run, number: int, stage: Stage, epoch: int, step, optimizer, batches: data.TripletBatches) -> dict:
+    """One epoch; returns the mean losses, the last learning rate and triplets a second, of all ranks."""
+    args = run.args
+    batches.epoch = 1000 * number + epoch  # the stages draw different triplets
+    reader = iter(data.loader(run.dataset.train, batches, args.workers, run.device))
+    num_steps = len(batches) // args.accumulate
+    sums: dict[str, Tensor] = {}
+    start = time.perf_counter()
+    for i in tqdm(
+        range(num_steps), f"stage {number} epoch {epoch + 1}", disable=None if runtime.rank() == 0 else True, leave=False
+    ):
+        if stage.schedule == "sqrt":
+            factor = lr_factor(epoch * num_steps + i, stage.epochs * num_steps, args.warmup_steps)
+            optimizer.param_groups[0]["lr"] = stage.lr * factor
+        for part in range(args.accumulate):
+            images, labels = prepare(run, next(reader), (args.seed, number, epoch, i, part))
+            last = part == args.accumulate - 1
+            with nullcontext() if last or runtime.world_size() == 1 else step.no_sync():
+                losses = step(images, labels)
+                (losses["loss"] / args.accumulate).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    parts = num_steps * args.accumulate
+    means = runtime.all_sum(torch.stack(list(sums.values()))) / (parts * runtime.world_size())
+    rate = parts * args.batch_size * runtime.world_size() / seconds
+    return {
+        **dict(zip(sums, means.tolist(), strict=True)),
+        "lr": optimizer.param_groups[0]["lr"],
+        "triplets_per_second": round(rate, 1),
+    }
+
+
+def prepare(run: Run, batch: tuple, key: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch as read -> augmented, normalised images on the device and the anchors' labels.
+
+    Draws are made for the whole step and each rank takes its triplets' part, so they do not depend on the number of
+    ranks; dropout's differ by rank.
+    """
+    args, (images, pids, _) = run.args, batch
+    B, world, rank = len(pids) // 3, runtime.world_size(), runtime.rank()
+    generator = torch.Generator().manual_seed(runtime.torch_seed(*key, 0))
+    draws = torch.rand(3, world * B, 7, generator=generator)[:, rank * B : (rank + 1) * B].flatten(0, 1)
+    torch.manual_seed(runtime.torch_seed(*key, 1 + rank))
+    images = {modality: image.to(run.device, non_blocking=True) for modality, image in images.items()}
+    images = data.augment(images, draws, *args.flips, args.erase)
+    return data.normalise(images, run.dataset.mean, run.dataset.std), run.labels(pids[:B]).to(run.device)
+
+
+# --- command line
+
+
+def _modalities(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments, with what was not given filled in from the data set's recipe; `stages` holds the resolved stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", default="synthetic", choices=data.DATASETS, help="synthetic is rendered where absent (default)"
+    )
+    group.add_argument("--data-root", default="data", help="the data set's folder or its parent (default: %(default)s)")
+    group.add_argument("--modalities", type=_modalities, help="e.g. rgb,tir (default: all of the data set)")
+    group.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels")
+    group.add_argument("--positives", type=int, help="triplets an anchor and epoch, each with another positive")
+    group.add_argument("--flips", type=float, nargs=2, metavar=("P", "P"), help="probability of a horizontal, a vertical flip")
+    group.add_argument("--erase", type=float, help="probability of random erasing")
+    group.add_argument("--val-ids", type=int, default=0, help="hold out training identities and evaluate them after each epoch")
+    group.add_argument("--workers", type=int, default=2, help="reading processes a rank (default: %(default)s)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--backbone", choices=BACKBONES)
+    group.add_argument("--backbone-weights", metavar="FILE", help='or "deit": the released DeiT-B, fetched; or "none"')
+    group.add_argument("--no-distilled", action="store_true", help="a backbone without the distillation token")
+    group.add_argument("--fusion-tokens", type=int, default=1, help="default: %(default)s")
+    group.add_argument("--data-token", type=int, default=0, help="index of D, Eq. (11) (default: %(default)s)")
+    group.add_argument("--dropout", type=float, default=0.1, help="of the modality encoders (default: %(default)s)")
+    group = parser.add_argument_group("losses, Eq. (10)")
+    group.add_argument("--triplet", default="FFD", choices=SCHEMES, help="tokens of anchor, positive, negative (default: FFD)")
+    group.add_argument("--plain-distance", action="store_true", help="Euclidean distances in Eq. (8), not squared ones")
+    group.add_argument("--center-norm", action="store_true", help="Eq. (9) as printed: the norm, not its square")
+    group.add_argument("--alpha", type=float, default=0.5, help="weight of the triplet loss (default: %(default)s)")
+    group.add_argument("--beta", type=float, nargs=2, help="weight of the center loss")
+    group.add_argument("--gamma", type=float, default=0.5, help="weight of the cross-entropy (default: %(default)s)")
+    group.add_argument("--label-smoothing", type=float, nargs=2)
+    group = parser.add_argument_group("optimisation (two values: stage 1, stage 2)")
+    group.add_argument("--epochs", type=int, nargs=2, help="0 leaves a stage out")
+    group.add_argument("--batch-size", type=int, default=26, help="triplets a rank (default: %(default)s)")
+    group.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
+    group.add_argument("--lr", type=float, nargs=2)
+    group.add_argument("--schedule", choices=("sqrt", "constant"), nargs=2, help="sqrt: warm-up, decay, cool-down")
+    group.add_argument("--weight-decay", type=float, nargs=2)
+    group.add_argument("--center-lr", type=float, default=1e-3, help="of the centroids (default: %(default)s)")
+    group.add_argument("--warmup-steps", type=int, help="of the sqrt schedule")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, help="default: runs/DATASET")
+    group.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, if it is there")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    group.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    group.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where hardware has it")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    args = parser.parse_args(argv)
+    recipe = EMBEDDED if args.dataset == "synthetic" else PAPER
+    for name in ("backbone", "backbone_weights", "image_size", "positives", "warmup_steps", "flips", "erase"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(recipe, name))
+    given = {name: getattr(args, name) for name in ("epochs", "lr", "schedule", "weight_decay", "beta", "label_smoothing")}
+    stages = [{name: pair[i] for name, pair in given.items() if pair is not None} for i in range(2)]
+    args.stages = tuple(replace(stage, **changes) for stage, changes in zip(recipe.stages, stages, strict=True))
+    args.image_size = tuple(args.image_size)
+    args.out = args.out or Path("runs") / args.dataset
+    for name, low in (
+        ("batch_size", 1),
+        ("accumulate", 1),
+        ("positives", 1),
+        ("fusion_tokens", 1),
+        ("workers", 0),
+        ("val_ids", 0),
+    ):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+    return args
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The resolved arguments as plain values."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {**plain, "stages": [asdict(stage) for stage in args.stages]}
+
+
+def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
+    """Data, model and losses as `args` say, and the checkpoint to go on from, if any."""
+    last = args.out / "last.pt"
+    if last.exists() and not args.resume:
+        raise UserError(f"{args.out}: holds a run already; choose another --out, or --resume to go on with it")
+    device = runtime.start(args.device)
+    torch.manual_seed(args.seed)
+    dataset = data.load_dataset(args.dataset, args.data_root, args.modalities, args.image_size)
+    args.modalities = dataset.modalities
+    validation = None
+    if args.val_ids:
+        train, *validation = data.hold_out(dataset.train, args.val_ids)
+        dataset = replace(dataset, train=train)
+    data.TripletBatches(
+        dataset.train.pids, args.batch_size, args.positives, args.seed
+    )  # refuses data that cannot be trained on
+    config = GraFTConfig(
+        modalities=dataset.modalities, num_ids=len(dataset.train.pids.unique()), image_size=args.image_size,
+        distilled=not args.no_distilled, dropout=args.dropout, fusion_tokens=args.fusion_tokens, data_token=args.data_token,
+        **BACKBONES[args.backbone],
+    )  # fmt: skip
+    model = build_model(config)
+    criterion = GraFTLoss(
+        config.num_ids, config.dim * config.fusion_tokens, args.triplet, not args.plain_distance, not args.center_norm
+    )
+    checkpoint = runtime.load_checkpoint(last) if last.exists() else None
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        criterion.load_state_dict(checkpoint["criterion"])
+    elif args.backbone_weights != "none":
+        dropped = load_backbone(model, args.backbone_weights)
+        runtime.print0(f"backbone from {args.backbone_weights}; left out: {', '.join(dropped) or 'nothing'}")
+    model.backbone.checkpointing = args.checkpointing
+    if runtime.rank() == 0:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
+        runtime.write_json(args.out / "config.json", settings(args))
+    log = runtime.RunLog(args.out / "log.jsonl")
+    return Run(args, device, dataset, validation, model.to(device), criterion.to(device), log), checkpoint
+
+
+@runtime.program
+def main() -> None:
+    began = time.perf_counter()
+    args = parse()
+    run, checkpoint = start_run(args)
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+    runtime.print0("settings:", settings(args))
+    runtime.print0("versions:", versions, f"device: {run.device}, {runtime.world_size()} rank(s)")
+    runtime.print0(
+        f"{args.dataset}: {len(run.dataset.train)} training samples of {len(run.pids)} identities,"
+        f" {len(run.dataset.query)} queries, {len(run.dataset.gallery)} gallery samples;"
+        f" {run.model.num_parameters() / 1e6:.2f} M parameters"
+    )
+    run.log.write("start", settings=settings(args), versions=versions)
+    progress = checkpoint["progress"] if checkpoint else {"stage": 1, "epoch": 0}
+    for number, stage in enumerate(args.stages, 1):
+        resumed = checkpoint is not None and number == progress["stage"]
+        if stage.epochs and number >= progress["stage"] and not (resumed and progress["epoch"] >= stage.epochs):
+            train_stage(run, number, stage, *((progress["epoch"], checkpoint["optimizer"]) if resumed else ()))
+    metrics = run.evaluate(run.dataset.query, run.dataset.gallery)
+    run.log.write("test", **metrics)
+    if runtime.rank() == 0:
+        runtime.write_json(args.out / "metrics.json", metrics)
+    runtime.print0(evaluate.summary(metrics))
+    runtime.print0(f"{args.out}: last.pt, log.jsonl, config.json, metrics.json; {time.perf_counter() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
