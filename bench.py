@@ -127,21 +127,16 @@ def step_sides(number: int, precision: str, device: torch.device, triplets: int 
     images = {modality: torch.randn(3 * triplets, 3, *config.image_size, device=device) for modality in config.modalities}
     labels = torch.randint(config.num_ids, (triplets,), device=device)
 
-    def side(step: nn.Module, fused: bool | None = None) -> Callable[[], None]:
-        step.to(device)
-        trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, stage.lr, stage.betas, weight_decay=stage.weight_decay, fused=fused)
+    def run(step: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        step(images, labels)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-        def run() -> None:
-            step(images, labels)["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    peer = PublishedStep(model, stage)
-    ours = train.TrainingStep(model, criterion, device, precision)
-    return side(ours, fused=device.type in ("cuda", "cpu")), side(peer)
+    peer = PublishedStep(model, stage).to(device)
+    trained = [parameter for parameter in peer.parameters() if parameter.requires_grad]
+    peers = torch.optim.AdamW(trained, stage.lr, stage.betas, weight_decay=stage.weight_decay)
+    ours = train.TrainingStep(model, criterion, device, precision).to(device)
+    return partial(run, ours, train.make_optimizer(model, criterion, stage, 1e-3)), partial(run, peer, peers)
 
 
 def vit_sides(name: str, training: bool, precision: str, device: torch.device) -> Sides:

@@ -424,9 +424,11 @@ def augment(images: dict[str, Tensor], draws: Tensor, flip_x=0.5, flip_y=0.5, er
     mirrored, upside_down = (draws[:, i].lt(p)[:, None, None, None] for i, p in enumerate((flip_x, flip_y)))
     result = {}
     for modality, image in images.items():
-        image = torch.where(mirrored, image.flip(-1), image)
-        image = torch.where(upside_down, image.flip(-2), image)
-        result[modality] = image.masked_fill(erased[:, None], 0)
+        if flip_x:
+            image = torch.where(mirrored, image.flip(-1), image)
+        if flip_y:
+            image = torch.where(upside_down, image.flip(-2), image)
+        result[modality] = image.masked_fill(erased[:, None], 0) if erase else image
     return result
 
 
@@ -434,7 +436,6 @@ def normalise(images: dict[str, Tensor], mean: dict, std: dict) -> dict[str, Ten
     """uint8 (B, 3, H, W) -> float32, (x / 255 - mean) / std by channel, each modality with its own figures."""
     result = {}
     for modality, image in images.items():
-        centre = torch.tensor(mean[modality], device=image.device).view(3, 1, 1)
-        spread = torch.tensor(std[modality], device=image.device).view(3, 1, 1)
-        result[modality] = (image / 255 - centre) / spread
+        centre, spread = (255 * torch.tensor(x[modality], device=image.device).view(3, 1, 1) for x in (mean, std))
+        result[modality] = (image - centre).div_(spread)
     return result

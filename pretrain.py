@@ -59,7 +59,7 @@ def main() -> None:
     size = (64, 128)
     dataset = data.load_dataset("synthetic", args.data_root, ("rgb",), size)
     dataset.train.keep_in_memory()
-    images = torch.stack([sample["rgb"] for sample in dataset.train.cache])  # (N, 3, H, W)
+    images = torch.stack([sample["rgb"] for sample, _, _ in dataset.train])  # (N, 3, H, W)
     pids, labels = dataset.train.pids.unique(return_inverse=True)
     config = {name: value for name, value in BACKBONES["small"].items() if name != "encoder_hidden"}
     vit = ViT(size, **config).to(device)

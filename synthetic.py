@@ -52,13 +52,7 @@ for _i in range(_DECALS):
     MARKINGS |= {f"has_decal{_i}": (0, 1), **_coat(f"decal{_i}"), f"decal{_i}_x": (-0.35, 0.35),
                  f"decal{_i}_z": (0.25, 0.75), f"decal{_i}_length": (0.08, 0.3), f"decal{_i}_height": (0.15, 0.4)}  # fmt: skip
 ATTRIBUTES = BODY | MARKINGS
-SHARE = {
-    "two_tone": 0.4,
-    "engine_behind": 0.2,
-    "has_stripe": 0.5,
-    "has_band": 0.5,
-    **{f"has_decal{i}": 0.5 for i in range(_DECALS)},
-}
+SHARE = {"two_tone": 0.4, "engine_behind": 0.2} | {name: 0.5 for name in MARKINGS if name.startswith("has_")}
 MIN_DISTANCE = 0.9  # Euclidean, over the BODY axes of the unit cube, between any two vehicles
 
 
@@ -128,11 +122,8 @@ def vehicle_faces(point: np.ndarray) -> list[Face]:
 
     # Body, with the warm bonnet and what is drawn on its sides
     for side in (-1, 1):
-        add(
-            *across(side * length / 2, side, -width / 2, width / 2, floor, belt),
-            paint,
-            body_heat + (side == engine) * engine_heat / 2,
-        )
+        heat = body_heat + (side == engine) * engine_heat / 2
+        add(*across(side * length / 2, side, -width / 2, width / 2, floor, belt), paint, heat)
         add(*along(side * width / 2, side, -length / 2, length / 2, floor, belt), paint, body_heat)
     add(*above(belt, -length / 2, length / 2, -width / 2, width / 2), paint, body_heat)
     bonnet = sorted((engine * 0.28 * length, engine * 0.48 * length))
@@ -145,11 +136,8 @@ def vehicle_faces(point: np.ndarray) -> list[Face]:
         y = side * width / 2
         if has["has_stripe"]:
             low = floor + value["stripe_low"] * value["height"]
-            add(
-                *along(y, side, -length / 2, length / 2, low, low + value["stripe_width"] * value["height"]),
-                coat("stripe"),
-                body_heat,
-            )
+            high = low + value["stripe_width"] * value["height"]
+            add(*along(y, side, -length / 2, length / 2, low, high), coat("stripe"), body_heat)
         for i in range(_DECALS):
             if has[f"has_decal{i}"]:
                 x, z = value[f"decal{i}_x"] * length, floor + value[f"decal{i}_z"] * value["height"]
@@ -305,11 +293,9 @@ def _paint(faces: list[Face], scene: Scene, height: int) -> tuple[np.ndarray, np
         Image.new("L", (width, height), level(scene.wall_heat)),
     ]
     pens = [ImageDraw.Draw(canvas) for canvas in canvases]
-    ground = [0, int(0.6 * height), width, height]
-    for pen, fill in zip(
-        pens, (tuple(map(level, 0.6 * scene.wall)), level(scene.ground_nir), level(scene.ground_heat)), strict=True
-    ):
-        pen.rectangle(ground, fill=fill)
+    grounds = (tuple(map(level, 0.6 * scene.wall)), level(scene.ground_nir), level(scene.ground_heat))
+    for pen, ground in zip(pens, grounds, strict=True):
+        pen.rectangle([0, int(0.6 * height), width, height], fill=ground)
     for face, outline in zip(visible, outlines, strict=True):
         shade = 0.45 + 0.55 * max(0.0, float(np.dot(face.normal, SUN)))
         polygon = (scale * outline + origin).ravel().tolist()

@@ -5,7 +5,7 @@ torchrun --nproc_per_node=8 train.py --dataset rgbnt100 --data-root DIR    the p
 """
 
 import argparse
-import sys
+import platform
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -159,6 +159,15 @@ class Run:
         )
 
 
+def make_optimizer(model: GraFT, criterion: GraFTLoss, stage: Stage, center_lr: float) -> torch.optim.AdamW:
+    """AdamW of what a stage trains: the model's part first, then the centroids, which have their own rate and no decay."""
+    trained, centers = ([p for p in module.parameters() if p.requires_grad] for module in (model, criterion))
+    groups = [{"params": trained, "lr": stage.lr}]
+    groups += [{"params": centers, "lr": center_lr, "weight_decay": 0.0}] if centers else []
+    fused = trained[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay, fused=fused)
+
+
 def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_state: dict | None = None) -> None:
     """Train one stage, from epoch `done` on; saves a checkpoint after each epoch."""
     args, model, criterion = run.args, run.model, run.criterion
@@ -171,17 +180,13 @@ def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_st
     step = TrainingStep(model, criterion, run.device, args.precision)
     if runtime.world_size() > 1:
         step = DistributedDataParallel(step, gradient_as_bucket_view=True)
-    centers = [p for p in criterion.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": stage.lr}]
-    groups += [{"params": centers, "lr": args.center_lr, "weight_decay": 0.0}] if centers else []
-    fused = run.device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay, fused=fused)
+    optimizer = make_optimizer(model, criterion, stage, args.center_lr)
     if optimizer_state:
         optimizer.load_state_dict(optimizer_state)
     batches = data.TripletBatches(run.dataset.train.pids, args.batch_size, args.positives, args.seed)
     if len(batches) < args.accumulate:
         raise UserError(f"--accumulate {args.accumulate}: an epoch has only {len(batches)} batches")
-    trainable = sum(p.numel() for group in groups for p in group["params"])
+    trainable = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     runtime.print0(
         f"stage {number}: {len(batches) // args.accumulate} steps an epoch, {trainable / 1e6:.2f} M parameters train"
     )
@@ -205,9 +210,8 @@ def train_epoch(run: Run, number: int, stage: Stage, epoch: int, step, optimizer
     num_steps = len(batches) // args.accumulate
     sums: dict[str, Tensor] = {}
     start = time.perf_counter()
-    for i in tqdm(
-        range(num_steps), f"stage {number} epoch {epoch + 1}", disable=None if runtime.rank() == 0 else True, leave=False
-    ):
+    shown = None if runtime.rank() == 0 else True  # None: where it is a terminal
+    for i in tqdm(range(num_steps), f"stage {number} epoch {epoch + 1}", disable=shown, leave=False):
         if stage.schedule == "sqrt":
             factor = lr_factor(epoch * num_steps + i, stage.epochs * num_steps, args.warmup_steps)
             optimizer.param_groups[0]["lr"] = stage.lr * factor
@@ -311,14 +315,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.stages = tuple(replace(stage, **changes) for stage, changes in zip(recipe.stages, stages, strict=True))
     args.image_size = tuple(args.image_size)
     args.out = args.out or Path("runs") / args.dataset
-    for name, low in (
-        ("batch_size", 1),
-        ("accumulate", 1),
-        ("positives", 1),
-        ("fusion_tokens", 1),
-        ("workers", 0),
-        ("val_ids", 0),
-    ):
+    least = {"batch_size": 1, "accumulate": 1, "positives": 1, "fusion_tokens": 1, "workers": 0, "val_ids": 0}
+    for name, low in least.items():
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
     return args
@@ -343,9 +341,7 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     if args.val_ids:
         train, *validation = data.hold_out(dataset.train, args.val_ids)
         dataset = replace(dataset, train=train)
-    data.TripletBatches(
-        dataset.train.pids, args.batch_size, args.positives, args.seed
-    )  # refuses data that cannot be trained on
+    data.TripletBatches(dataset.train.pids, args.batch_size, args.positives, args.seed)  # refuses what cannot be trained on
     config = GraFTConfig(
         modalities=dataset.modalities, num_ids=len(dataset.train.pids.unique()), image_size=args.image_size,
         distilled=not args.no_distilled, dropout=args.dropout, fusion_tokens=args.fusion_tokens, data_token=args.data_token,
@@ -378,12 +374,8 @@ def main() -> None:
     began = time.perf_counter()
     args = parse()
     run, checkpoint = start_run(args)
-    versions = {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-    }
+    versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
+    versions["python"] = platform.python_version()
     runtime.print0("settings:", settings(args))
     runtime.print0("versions:", versions, f"device: {run.device}, {runtime.world_size()} rank(s)")
     runtime.print0(
