@@ -5,6 +5,7 @@ python evaluate.py runs/synthetic/last.pt
 
 import argparse
 from collections import defaultdict
+from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import GraFT, GraFTConfig, build_model
+from model import GraFTConfig, MultiModalModel, build_model
 from runtime import UserError
 
 BATCH_SIZE = 64  # samples; training's own evaluation and this program's must agree to the last digit
@@ -91,7 +92,9 @@ def _sort_rows(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embed(model: GraFT, split: data.Split, mean: dict, std: dict, device: torch.device, precision="auto", workers=2) -> Tensor:
+def embed(
+    model: MultiModalModel, split: data.Split, mean: dict, std: dict, device: torch.device, precision="auto", workers=2
+) -> Tensor:
     """L2-normalised fusion embeddings of a split in its own order, (N, D) float32 on the CPU; every rank gets all of them.
 
     A batch holds samples with the same modalities. Each rank fills in the rows of its batches by sample index, so neither
@@ -104,7 +107,7 @@ def embed(model: GraFT, split: data.Split, mean: dict, std: dict, device: torch.
     mine = batches[runtime.rank() :: runtime.world_size()]
     was_training = model.training
     model.eval()
-    features = torch.zeros(len(split), model.config.fusion_tokens * model.config.dim, device=device)
+    features = torch.zeros(len(split), model.width, device=device)
     reader = data.loader(split, mine, workers, device)
     for indices, (images, _, _) in zip(mine, tqdm(reader, "embedding", leave=False, disable=None), strict=True):
         images = {modality: image.to(device, non_blocking=True) for modality, image in images.items()}
@@ -116,7 +119,7 @@ def embed(model: GraFT, split: data.Split, mean: dict, std: dict, device: torch.
 
 
 def evaluate(
-    model: GraFT, query: data.Split, gallery: data.Split, mean: dict, std: dict, device, precision="auto", workers=2
+    model: MultiModalModel, query: data.Split, gallery: data.Split, mean: dict, std: dict, device, precision="auto", workers=2
 ) -> dict:
     """Embed query and gallery and rank them: the figures that `--json` writes. Raises UserError where no query has a match."""
     q, g = (embed(model, split, mean, std, device, precision, workers) for split in (query, gallery))
@@ -144,7 +147,7 @@ def summary(metrics: dict) -> str:
 # --- checkpoints
 
 
-def load_model(path: str | Path) -> tuple[GraFT, dict]:
+def load_model(path: str | Path) -> tuple[MultiModalModel, dict]:
     """The model of a checkpoint written by train.py, in eval mode, and the whole checkpoint. Raises UserError."""
     checkpoint = runtime.load_checkpoint(path)
     if missing := [name for name in ("config", "model", "settings", "mean", "std") if name not in checkpoint]:
@@ -164,6 +167,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dataset", choices=data.DATASETS, help="default: the one trained on")
     parser.add_argument("--data-root", help="the data set's folder or its parent (default: as in training)")
     parser.add_argument("--modalities", type=lambda text: tuple(text.split(",")), help="e.g. rgb,tir (default: all trained)")
+    parser.add_argument("--all-subsets", action="store_true", help="evaluate on every subset of the modalities")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, as fractions")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="default: as in training")
@@ -183,10 +187,15 @@ def main() -> None:
     runtime.print0("settings:", vars(args))
     if unknown := [modality for modality in args.modalities if modality not in model.config.modalities]:
         raise UserError(f"--modalities {','.join(unknown)}: the model was trained on {','.join(model.config.modalities)}")
-    dataset = data.load_dataset(args.dataset, args.data_root, args.modalities, model.config.image_size)
-    mean, std = checkpoint["mean"], checkpoint["std"]
-    metrics = evaluate(model.to(device), dataset.query, dataset.gallery, mean, std, device, args.precision, args.workers)
-    runtime.print0(summary(metrics))
+    sizes = range(1, len(args.modalities) + 1) if args.all_subsets else (len(args.modalities),)
+    results = {}
+    for subset in chain.from_iterable(combinations(args.modalities, size) for size in sizes):
+        dataset = data.load_dataset(args.dataset, args.data_root, subset, model.config.image_size)
+        mean, std = checkpoint["mean"], checkpoint["std"]
+        metrics = evaluate(model.to(device), dataset.query, dataset.gallery, mean, std, device, args.precision, args.workers)
+        results[",".join(subset)] = metrics
+        runtime.print0((f"{','.join(subset):<16}" if args.all_subsets else "") + summary(metrics))
+    metrics = results if args.all_subsets else metrics
     if args.json and runtime.rank() == 0:
         runtime.write_json(args.json, metrics)
 

@@ -4,6 +4,7 @@ Shapes: B samples, M modalities, N tokens a modality, D width, L fusion tokens, 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class ViT(nn.Module):
     Parameters are named as in timm and in the released DeiT checkpoints. Raises UserError for sizes that do not divide.
     """
 
-    def __init__(self, image_size=(224, 224), patch_size=16, dim=768, depth=12, heads=12, distilled=True):
+    def __init__(self, image_size=(224, 224), patch_size=16, dim=768, depth=12, heads=12, distilled=True, channels=3):
         super().__init__()
         if any(side % patch_size for side in image_size):
             raise UserError(f"image size {image_size[0]}x{image_size[1]}: patch {patch_size} does not divide both sides")
@@ -98,8 +99,9 @@ class ViT(nn.Module):
             raise UserError(f"width {dim}: {heads} heads do not divide it")
         self.image_size = tuple(image_size)
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.frozen = False
         self.checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.patch_embed = PatchEmbed(patch_size, dim, channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix_tokens + self.grid[0] * self.grid[1], dim))
@@ -117,17 +119,26 @@ class ViT(nn.Module):
     def prefix_tokens(self) -> int:
         return 1 if self.dist_token is None else 2
 
+    def freeze(self, frozen: bool) -> None:
+        """A frozen one has neither gradients nor a graph, and `train` leaves it in eval mode."""
+        self.frozen = frozen
+        self.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "ViT":
+        return super().train(mode and not self.frozen)
+
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != self.image_size:
             raise ValueError(f"images of {tuple(images.shape[-2:])}: the model takes {self.image_size}")
-        prefix = [token.expand(len(images), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
-        x = torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed  # (B, N, D)
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return self.norm(x)  # Eq. (2)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            prefix = [token.expand(len(images), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+            x = torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed  # (B, N, D)
+            for block in self.blocks:
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            return self.norm(x)  # Eq. (2)
 
 
 # --- modality encoder (sections 3.1, 5.2)
@@ -199,7 +210,7 @@ class GraFTConfig:
     dropout: float = 0.1  # torch's default; paper, 5.2
     fusion_tokens: int = 1  # paper, 5.2
     data_token: int = 0  # paper, Eq. (11)
-    fusion: str = "graft"
+    fusion: str = "graft"  # or a baseline, see FUSIONS
 
 
 BACKBONES = {
@@ -235,34 +246,85 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
-class GraFT(nn.Module):
-    """Images of M modalities -> one embedding. model({modality: (B, 3, H, W)}) -> Embeddings; `classify` -> (B, C).
+class MultiModalModel(nn.Module):
+    """What GraFT and its baselines share. model({modality: (B, 3, H, W)}) -> Embeddings; `classify` -> (B, C).
 
-    In eval mode a subset of the modalities may be given: the mean of Eq. (6) runs over those present.
-    Raises ValueError for an unknown modality, and for a missing one in training mode.
+    Any of the modalities may be given. Raises ValueError for none, or for an unknown one.
     """
 
-    def __init__(self, config: GraFTConfig):
+    def __init__(self, config: GraFTConfig, width: int):
         super().__init__()
-        self.config, self.frozen = config, False
-        dim, L = config.dim, config.fusion_tokens
-        self.backbone = ViT(config.image_size, config.patch_size, dim, config.depth, config.heads, config.distilled)
-        encoder = (dim, config.encoder_heads, config.encoder_hidden, config.dropout)
-        self.encoders = nn.ModuleDict({modality: ModalityEncoder(*encoder) for modality in config.modalities})
-        self.fusion_token = nn.Parameter(torch.empty(1, L, dim))
-        nn.init.xavier_uniform_(self.fusion_token[0])
-        self.bottleneck = SyncBatchNorm1d(L * dim)  # BNNeck (Luo et al. 2019)
+        self.config, self.width = config, width
+        self.bottleneck = SyncBatchNorm1d(width)  # BNNeck (Luo et al. 2019)
         self.bottleneck.bias.requires_grad_(False)
-        self.classifier = nn.Linear(L * dim, config.num_ids, bias=False)
+        self.classifier = nn.Linear(width, config.num_ids, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def new_backbone(self, channels: int = 3) -> ViT:
+        config = self.config
+        sizes = (config.image_size, config.patch_size, config.dim, config.depth, config.heads, config.distilled)
+        return ViT(*sizes, channels)
+
+    def new_encoder(self) -> ModalityEncoder:
+        config = self.config
+        return ModalityEncoder(config.dim, config.encoder_heads, config.encoder_hidden, config.dropout)
+
+    def forward(self, images: dict[str, Tensor]) -> Embeddings:
+        if not images or images.keys() - set(self.config.modalities):
+            raise ValueError(f"modalities {', '.join(images) or 'none'}: the model has {', '.join(self.config.modalities)}")
+        return self.fuse(images)
+
+    def classify(self, fusion: Tensor) -> Tensor:
+        """Logits (B, C) of fusion embeddings (B, width), behind the BNNeck; both in float32."""
+        with torch.autocast(fusion.device.type, enabled=False):
+            return self.classifier(self.bottleneck(fusion.float()))
+
+    @property
+    def backbones(self) -> list[ViT]:
+        return [module for module in self.modules() if isinstance(module, ViT)]
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Stage 1 trains on a frozen backbone (section 4.1)."""
+        for backbone in self.backbones:
+            backbone.freeze(frozen)
+        self.train(self.training)
+
+    def num_parameters(self) -> int:
+        """Parameters of what makes the embedding: all but the BNNeck and the classifier, which only training needs."""
+        head = {*self.bottleneck.parameters(), *self.classifier.parameters()}
+        return sum(parameter.numel() for parameter in self.parameters() if parameter not in head)
+
+
+class SharedBackboneModel(MultiModalModel):
+    """One backbone sees the images of all modalities, in one batch."""
+
+    def __init__(self, config: GraFTConfig, width: int):
+        super().__init__(config, width)
+        self.backbone = self.new_backbone()
+
+    def extract(self, images: dict[str, Tensor]) -> Tensor:
+        """Data tokens of all modalities, (B, M, N, D)."""
+        B, M = len(next(iter(images.values()))), len(images)
+        tokens = self.backbone(torch.cat(list(images.values())))  # (M * B, N, D)
+        return tokens.unflatten(0, (M, B)).transpose(0, 1)
+
+
+class GraFT(SharedBackboneModel):
+    """The Gradual Fusion Transformer: L fusion tokens pass each modality's own encoder beside its data tokens."""
+
+    def __init__(self, config: GraFTConfig):
+        L = config.fusion_tokens
+        super().__init__(config, L * config.dim)
+        self.encoders = nn.ModuleDict({modality: self.new_encoder() for modality in config.modalities})
+        self.fusion_token = nn.Parameter(torch.empty(1, L, config.dim))
+        nn.init.xavier_uniform_(self.fusion_token[0])
         tokens = self.backbone.pos_embed.shape[1]
         if not 0 <= config.data_token <= tokens - L:
             raise UserError(f"data token {config.data_token}: expected 0 to {tokens - L} ({tokens} data tokens, {L} taken)")
         # Of each encoder's output only the fusion tokens, and as many data tokens, go on
         self.outputs = [*range(L), *range(L + config.data_token, 2 * L + config.data_token)]
 
-    def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        self._check(images)
+    def fuse(self, images: dict[str, Tensor]) -> Embeddings:
         tokens = self.extract(images)  # (B, M, N, D)
         fusion, data = [], []
         for i, modality in enumerate(images):
@@ -273,47 +335,75 @@ class GraFT(nn.Module):
             data.append(z_d)
         return Embeddings(torch.stack(fusion).mean(0), torch.stack(data).mean(0))  # Eq. (6), (12)
 
-    def extract(self, images: dict[str, Tensor]) -> Tensor:
-        """Data tokens of all modalities in one pass of the shared backbone, (B, M, N, D)."""
-        B, M = len(next(iter(images.values()))), len(images)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):  # frozen: no graph at all
-            tokens = self.backbone(torch.cat(list(images.values())))  # (M * B, N, D)
-        return tokens.unflatten(0, (M, B)).transpose(0, 1)
 
-    def classify(self, fusion: Tensor) -> Tensor:
-        """Logits (B, C) of fusion embeddings (B, L * D), behind the BNNeck; both in float32."""
-        with torch.autocast(fusion.device.type, enabled=False):
-            return self.classifier(self.bottleneck(fusion.float()))
-
-    def freeze_backbone(self, frozen: bool) -> None:
-        """Stage 1 trains on a frozen backbone: in eval mode, without gradients and without a graph (section 4.1)."""
-        self.frozen = frozen
-        self.backbone.requires_grad_(not frozen)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "GraFT":
-        super().train(mode)
-        self.backbone.train(mode and not self.frozen)
-        return self
-
-    def num_parameters(self) -> int:
-        """Parameters of what makes the embedding: all but the BNNeck and the classifier, which only training needs."""
-        head = {*self.bottleneck.parameters(), *self.classifier.parameters()}
-        return sum(parameter.numel() for parameter in self.parameters() if parameter not in head)
-
-    def _check(self, images: dict[str, Tensor]) -> None:
-        unknown = images.keys() - self.encoders.keys()
-        if unknown or not images:
-            raise ValueError(f"modalities {', '.join(images) or 'none'}: the model has {', '.join(self.encoders)}")
-        if self.training and len(images) < len(self.encoders):
-            raise ValueError(f"modalities {', '.join(images)}: training needs all of {', '.join(self.encoders)}")
+# --- baselines (Tables 1, 2, 5; section 1). Their embedding is data and fusion token in one, so they are trained with FFF.
 
 
-def build_model(config: GraFTConfig) -> GraFT:
+class VanillaFusion(SharedBackboneModel):
+    """Tokens of all modalities, concatenated, through one encoder layer; `take` says what is the embedding: "cls" a new
+    learnable token, "first-cls" the first modality's own CLS token (what the published code takes), "average" the mean.
+    """
+
+    def __init__(self, config: GraFTConfig, take: str):
+        super().__init__(config, config.dim)
+        self.encoder, self.outputs = self.new_encoder(), None if take == "average" else [0]
+        if take == "cls":
+            self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+            nn.init.xavier_uniform_(self.cls_token[0])
+
+    def fuse(self, images: dict[str, Tensor]) -> Embeddings:
+        tokens = self.extract(images).flatten(1, 2)  # (B, M * N, D)
+        if hasattr(self, "cls_token"):
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+        embedding = self.encoder(tokens, self.outputs).float().mean(1)
+        return Embeddings(embedding, embedding)
+
+
+class MultiStream(MultiModalModel):
+    """A backbone and an encoder of its own for each modality; their CLS tokens' mean is the embedding."""
+
+    def __init__(self, config: GraFTConfig):
+        super().__init__(config, config.dim)
+        self.backbone = nn.ModuleDict({modality: self.new_backbone() for modality in config.modalities})
+        self.encoders = nn.ModuleDict({modality: self.new_encoder() for modality in config.modalities})
+
+    def fuse(self, images: dict[str, Tensor]) -> Embeddings:
+        streams = []
+        for modality, image in images.items():
+            streams.append(self.encoders[modality](self.backbone[modality](image), [0])[:, 0].float())
+        embedding = torch.stack(streams).mean(0)
+        return Embeddings(embedding, embedding)
+
+
+class EarlyFusion(MultiModalModel):
+    """Modalities stacked as channels of one image; the CLS token is the embedding. One that is absent is all zeros."""
+
+    def __init__(self, config: GraFTConfig):
+        super().__init__(config, config.dim)
+        self.backbone, self.encoder = self.new_backbone(3 * len(config.modalities)), self.new_encoder()
+
+    def fuse(self, images: dict[str, Tensor]) -> Embeddings:
+        absent = torch.zeros_like(next(iter(images.values())))
+        stacked = torch.cat([images.get(modality, absent) for modality in self.config.modalities], 1)  # (B, 3 * M, H, W)
+        embedding = self.encoder(self.backbone(stacked), [0])[:, 0].float()
+        return Embeddings(embedding, embedding)
+
+
+FUSIONS = {
+    "graft": GraFT,
+    "cls": partial(VanillaFusion, take="cls"),
+    "first-cls": partial(VanillaFusion, take="first-cls"),
+    "average": partial(VanillaFusion, take="average"),
+    "multistream": MultiStream,
+    "early": EarlyFusion,
+}
+
+
+def build_model(config: GraFTConfig) -> MultiModalModel:
     """The model that `config` describes. Raises UserError for one that does not exist."""
-    if config.fusion != "graft":
-        raise UserError(f"fusion {config.fusion!r}: expected graft")
-    return GraFT(config)
+    if config.fusion not in FUSIONS:
+        raise UserError(f"fusion {config.fusion!r}: expected one of {', '.join(FUSIONS)}")
+    return FUSIONS[config.fusion](config)
 
 
 # --- pretrained backbones
@@ -343,7 +433,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
     Position embeddings are resized when the image size differs. `path` may be "deit": the released file of DeiT-B, by
     torch.hub. Raises UserError where the file cannot be read, or a weight is missing, superfluous or of another shape.
     """
-    vits = [module for module in model.modules() if isinstance(module, ViT)]
+    vits = [module for module in model.modules() if isinstance(module, ViT)]  # of the same shape
     vit = vits[0]
     if str(path) == "deit":
         path = _fetch_deit(vit)
@@ -370,6 +460,8 @@ def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
     old = tuple(side // patch for side in rows) if rows else (int(patches**0.5),) * 2  # other code bases: square images
     if old != vit.grid and old[0] * old[1] == patches:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], vit.prefix_tokens, old, vit.grid)
+    if (stacked := vit.patch_embed.proj.in_channels // 3) > 1:  # early fusion: each modality starts with its share
+        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].repeat(1, stacked, 1, 1) / stacked
     for name, weight in expected.items():
         if state[name].shape != weight.shape:
             raise UserError(

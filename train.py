@@ -22,7 +22,7 @@ import data
 import evaluate
 import runtime
 from losses import SCHEMES, GraFTLoss
-from model import BACKBONES, GraFT, GraFTConfig, build_model, load_backbone
+from model import BACKBONES, FUSIONS, GraFTConfig, MultiModalModel, build_model, load_backbone
 from runtime import UserError
 
 # --- recipes: the two stages as data
@@ -104,7 +104,7 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, cooldown: float = 
 class TrainingStep(nn.Module):
     """From images to losses: all that DistributedDataParallel has to see."""
 
-    def __init__(self, model: GraFT, criterion: GraFTLoss, device: torch.device, precision: str):
+    def __init__(self, model: MultiModalModel, criterion: GraFTLoss, device: torch.device, precision: str):
         super().__init__()
         self.model, self.criterion, self.device, self.precision = model, criterion, device, precision
 
@@ -124,7 +124,7 @@ class Run:
     device: torch.device
     dataset: data.Dataset
     validation: tuple[data.Split, data.Split] | None
-    model: GraFT
+    model: MultiModalModel
     criterion: GraFTLoss
     log: runtime.RunLog
 
@@ -159,7 +159,7 @@ class Run:
         )
 
 
-def make_optimizer(model: GraFT, criterion: GraFTLoss, stage: Stage, center_lr: float) -> torch.optim.AdamW:
+def make_optimizer(model: MultiModalModel, criterion: GraFTLoss, stage: Stage, center_lr: float) -> torch.optim.AdamW:
     """AdamW of what a stage trains: the model's part first, then the centroids, which have their own rate and no decay."""
     trained, centers = ([p for p in module.parameters() if p.requires_grad] for module in (model, criterion))
     groups = [{"params": trained, "lr": stage.lr}]
@@ -179,7 +179,8 @@ def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_st
         criterion.center.start_at_means(features, run.labels(run.dataset.train.pids))
     step = TrainingStep(model, criterion, run.device, args.precision)
     if runtime.world_size() > 1:
-        step = DistributedDataParallel(step, gradient_as_bucket_view=True)
+        unused = args.modality_dropout > 0  # a step leaves the encoder of a dropped modality out
+        step = DistributedDataParallel(step, gradient_as_bucket_view=True, find_unused_parameters=unused)
     optimizer = make_optimizer(model, criterion, stage, args.center_lr)
     if optimizer_state:
         optimizer.load_state_dict(optimizer_state)
@@ -187,9 +188,7 @@ def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_st
     if len(batches) < args.accumulate:
         raise UserError(f"--accumulate {args.accumulate}: an epoch has only {len(batches)} batches")
     trainable = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    runtime.print0(
-        f"stage {number}: {len(batches) // args.accumulate} steps an epoch, {trainable / 1e6:.2f} M parameters train"
-    )
+    runtime.print0(f"stage {number}: {steps_per_epoch(args, batches)} steps an epoch, {trainable / 1e6:.2f} M parameters train")
     for epoch in range(done, stage.epochs):
         losses = train_epoch(run, number, stage, epoch, step, optimizer, batches)
         run.save(optimizer, number, epoch + 1)
@@ -202,12 +201,16 @@ def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_st
         runtime.print0(f"stage {number} epoch {epoch + 1}/{stage.epochs}  {shown}")
 
 
+def steps_per_epoch(args: argparse.Namespace, batches: data.TripletBatches) -> int:
+    return min(len(batches) // args.accumulate, args.epoch_steps or len(batches))
+
+
 def train_epoch(run: Run, number: int, stage: Stage, epoch: int, step, optimizer, batches: data.TripletBatches) -> dict:
     """One epoch; returns the mean losses, the last learning rate and triplets a second, of all ranks."""
     args = run.args
     batches.epoch = 1000 * number + epoch  # the stages draw different triplets
     reader = iter(data.loader(run.dataset.train, batches, args.workers, run.device))
-    num_steps = len(batches) // args.accumulate
+    num_steps = steps_per_epoch(args, batches)
     sums: dict[str, Tensor] = {}
     start = time.perf_counter()
     shown = None if runtime.rank() == 0 else True  # None: where it is a terminal
@@ -247,7 +250,9 @@ def prepare(run: Run, batch: tuple, key: tuple[int, ...]) -> tuple[dict[str, Ten
     generator = torch.Generator().manual_seed(runtime.torch_seed(*key, 0))
     draws = torch.rand(3, world * B, 7, generator=generator)[:, rank * B : (rank + 1) * B].flatten(0, 1)
     torch.manual_seed(runtime.torch_seed(*key, 1 + rank))
-    images = {modality: image.to(run.device, non_blocking=True) for modality, image in images.items()}
+    kept = torch.rand(len(images), generator=generator) >= args.modality_dropout
+    kept[torch.randint(len(images), (), generator=generator)] |= not kept.any()  # one of them at least
+    images = {m: image.to(run.device, non_blocking=True) for (m, image), keep in zip(images.items(), kept, strict=True) if keep}
     images = data.augment(images, draws, *args.flips, args.erase)
     return data.normalise(images, run.dataset.mean, run.dataset.std), run.labels(pids[:B]).to(run.device)
 
@@ -278,11 +283,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--backbone", choices=BACKBONES)
     group.add_argument("--backbone-weights", metavar="FILE", help='or "deit": the released DeiT-B, fetched; or "none"')
     group.add_argument("--no-distilled", action="store_true", help="a backbone without the distillation token")
+    group.add_argument(
+        "--fusion", choices=FUSIONS, default="graft", help="or a baseline, all else equal (default: %(default)s)"
+    )
+    group.add_argument(
+        "--modality-dropout", type=float, default=0.0, metavar="P", help="probability that a step lacks a modality"
+    )
     group.add_argument("--fusion-tokens", type=int, default=1, help="default: %(default)s")
     group.add_argument("--data-token", type=int, default=0, help="index of D, Eq. (11) (default: %(default)s)")
     group.add_argument("--dropout", type=float, default=0.1, help="of the modality encoders (default: %(default)s)")
     group = parser.add_argument_group("losses, Eq. (10)")
-    group.add_argument("--triplet", default="FFD", choices=SCHEMES, help="tokens of anchor, positive, negative (default: FFD)")
+    group.add_argument("--triplet", choices=SCHEMES, help="tokens of anchor, positive, negative (default: FFD; baselines: FFF)")
     group.add_argument("--plain-distance", action="store_true", help="Euclidean distances in Eq. (8), not squared ones")
     group.add_argument("--center-norm", action="store_true", help="Eq. (9) as printed: the norm, not its square")
     group.add_argument("--alpha", type=float, default=0.5, help="weight of the triplet loss (default: %(default)s)")
@@ -291,6 +302,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--label-smoothing", type=float, nargs=2)
     group = parser.add_argument_group("optimisation (two values: stage 1, stage 2)")
     group.add_argument("--epochs", type=int, nargs=2, help="0 leaves a stage out")
+    group.add_argument("--epoch-steps", type=int, default=0, metavar="N", help="end an epoch after N steps")
     group.add_argument("--batch-size", type=int, default=26, help="triplets a rank (default: %(default)s)")
     group.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
     group.add_argument("--lr", type=float, nargs=2)
@@ -313,9 +325,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given = {name: getattr(args, name) for name in ("epochs", "lr", "schedule", "weight_decay", "beta", "label_smoothing")}
     stages = [{name: pair[i] for name, pair in given.items() if pair is not None} for i in range(2)]
     args.stages = tuple(replace(stage, **changes) for stage, changes in zip(recipe.stages, stages, strict=True))
+    args.triplet = args.triplet or ("FFD" if args.fusion == "graft" else "FFF")
     args.image_size = tuple(args.image_size)
     args.out = args.out or Path("runs") / args.dataset
-    least = {"batch_size": 1, "accumulate": 1, "positives": 1, "fusion_tokens": 1, "workers": 0, "val_ids": 0}
+    least = {"batch_size": 1, "accumulate": 1, "positives": 1, "fusion_tokens": 1, "workers": 0, "val_ids": 0, "epoch_steps": 0}
     for name, low in least.items():
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
@@ -345,12 +358,10 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     config = GraFTConfig(
         modalities=dataset.modalities, num_ids=len(dataset.train.pids.unique()), image_size=args.image_size,
         distilled=not args.no_distilled, dropout=args.dropout, fusion_tokens=args.fusion_tokens, data_token=args.data_token,
-        **BACKBONES[args.backbone],
+        fusion=args.fusion, **BACKBONES[args.backbone],
     )  # fmt: skip
     model = build_model(config)
-    criterion = GraFTLoss(
-        config.num_ids, config.dim * config.fusion_tokens, args.triplet, not args.plain_distance, not args.center_norm
-    )
+    criterion = GraFTLoss(config.num_ids, model.width, args.triplet, not args.plain_distance, not args.center_norm)
     checkpoint = runtime.load_checkpoint(last) if last.exists() else None
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -358,7 +369,8 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     elif args.backbone_weights != "none":
         dropped = load_backbone(model, args.backbone_weights)
         runtime.print0(f"backbone from {args.backbone_weights}; left out: {', '.join(dropped) or 'nothing'}")
-    model.backbone.checkpointing = args.checkpointing
+    for backbone in model.backbones:
+        backbone.checkpointing = args.checkpointing
     if runtime.rank() == 0:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -369,10 +381,9 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     return Run(args, device, dataset, validation, model.to(device), criterion.to(device), log), checkpoint
 
 
-@runtime.program
-def main() -> None:
+def train(args: argparse.Namespace) -> dict:
+    """The whole of a run: both stages, then the test. Returns the figures that OUT/metrics.json holds."""
     began = time.perf_counter()
-    args = parse()
     run, checkpoint = start_run(args)
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
     versions["python"] = platform.python_version()
@@ -395,6 +406,12 @@ def main() -> None:
         runtime.write_json(args.out / "metrics.json", metrics)
     runtime.print0(evaluate.summary(metrics))
     runtime.print0(f"{args.out}: last.pt, log.jsonl, config.json, metrics.json; {time.perf_counter() - began:.0f} s in all")
+    return metrics
+
+
+@runtime.program
+def main() -> None:
+    train(parse())
 
 
 if __name__ == "__main__":

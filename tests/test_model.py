@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 import model
-from model import BACKBONES, GraFT, GraFTConfig, ModalityEncoder, ViT, build_model, load_backbone
+from model import BACKBONES, FUSIONS, GraFT, GraFTConfig, ModalityEncoder, ViT, build_model, load_backbone
 from runtime import UserError
 
 SIZE = (32, 64)
@@ -112,10 +112,9 @@ def test_a_subset_of_modalities_in_eval_mode_is_the_mean_of_those_present():
     rgb, tir = (graft({name: images[name]}).fusion for name in ("rgb", "tir"))
     both = graft({name: images[name] for name in ("rgb", "tir")}).fusion
     torch.testing.assert_close(both, (rgb + tir) / 2, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="training needs all"):
-        graft.train()({"rgb": images["rgb"]})
-    with pytest.raises(ValueError, match="depth"):
-        graft.eval()({"depth": images["rgb"]})
+    for wrong in ({"depth": images["rgb"]}, {}):
+        with pytest.raises(ValueError, match="the model has rgb, nir, tir"):
+            graft(wrong)
 
 
 def test_embeddings_are_float32_under_autocast():
@@ -128,6 +127,72 @@ def test_embeddings_are_float32_under_autocast():
 def test_papers_parameter_counts(modalities, millions):
     with torch.device("meta"):
         assert build_model(GraFTConfig(modalities)).num_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "fusion, millions", [("multistream", 273.95), ("cls", 91.32), ("first-cls", 91.32), ("average", 91.32), ("early", 92.50)]
+)
+def test_baselines_parameter_counts(fusion, millions):
+    with torch.device("meta"):
+        assert build_model(GraFTConfig(fusion=fusion)).num_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_fusion_trains_all_of_its_parameters_and_freezes_its_backbone(fusion):
+    torch.manual_seed(0)
+    built, images = tiny(fusion=fusion), photos()
+    out = built(images)
+    assert out.fusion.shape == out.data.shape == (3, 32) and built.classify(out.fusion).shape == (3, 5)
+    assert (out.data is out.fusion) == (fusion != "graft")
+    loss = nn.functional.cross_entropy(built.classify(out.fusion), torch.arange(3)) + out.fusion[0].square().sum()
+    (loss + out.data[1, :7].square().sum()).backward()
+    lacking = [name for name, p in built.named_parameters() if p.grad is None or not p.grad.any()]
+    assert lacking == ["bottleneck.bias"]
+    built.zero_grad()
+    built.freeze_backbone(True)
+    built(images).fusion.square().sum().backward()
+    assert built.training and not any(vit.training for vit in built.backbones)
+    assert all(p.grad is None for vit in built.backbones for p in vit.parameters())
+    subset = built.eval()({name: images[name] for name in ("rgb", "tir")}).fusion
+    assert subset.shape == (3, 32) and not torch.allclose(subset, built(images).fusion, atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", [fusion for fusion in FUSIONS if fusion != "graft"])
+def test_baselines_written_out(fusion):
+    """Each baseline as its table describes it, with torch's own encoder layer."""
+    built, images = tiny(fusion=fusion).eval(), photos()
+
+    def encode(encoder, tokens):
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval()
+        layer.load_state_dict(encoder.state_dict())
+        return layer(tokens)
+
+    if fusion == "multistream":
+        streams = [encode(built.encoders[name], built.backbone[name](image))[:, 0] for name, image in images.items()]
+        expected = sum(streams) / 3
+    elif fusion == "early":
+        expected = encode(built.encoder, built.backbone(torch.cat(list(images.values()), 1)))[:, 0]
+    else:
+        tokens = torch.cat([built.backbone(image) for image in images.values()], 1)
+        if fusion == "cls":
+            tokens = torch.cat([built.cls_token.expand(3, -1, -1), tokens], 1)
+        encoded = encode(built.encoder, tokens)
+        expected = encoded.mean(1) if fusion == "average" else encoded[:, 0]
+    torch.testing.assert_close(built(images).fusion, expected, atol=1e-5, rtol=0)
+
+
+def test_pretrained_weights_reach_every_backbone_of_a_baseline():
+    """Early fusion of the same image three times sees what the pretrained patch embedding sees of it once."""
+    pretrained = "weights/vit-small-rgb.pth"
+    size = dict(image_size=(64, 128), **BACKBONES["small"])
+    image = photos(modalities=["rgb"], size=(64, 128))["rgb"]
+    models = {fusion: build_model(GraFTConfig(fusion=fusion, **size)).eval() for fusion in ("graft", "multistream", "early")}
+    for built in models.values():
+        load_backbone(built, pretrained)
+    expected = models["graft"].backbone(image)
+    for stream in models["multistream"].backbones:
+        assert torch.equal(stream(image), expected)
+    torch.testing.assert_close(models["early"].backbone(image.repeat(1, 3, 1, 1)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_initialisation():
