@@ -8,7 +8,7 @@ import argparse
 import platform
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class Stage:
     schedule: str  # "sqrt": warm-up, square-root decay, cool-down; "constant"
     beta: float  # center loss
     label_smoothing: float
+    epoch_steps: int = 0  # ends an epoch early; 0: all triplets
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,9 @@ def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_st
     if len(batches) < args.accumulate:
         raise UserError(f"--accumulate {args.accumulate}: an epoch has only {len(batches)} batches")
     trainable = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    runtime.print0(f"stage {number}: {steps_per_epoch(args, batches)} steps an epoch, {trainable / 1e6:.2f} M parameters train")
+    runtime.print0(
+        f"stage {number}: {steps_per_epoch(args, stage, batches)} steps an epoch, {trainable / 1e6:.2f} M parameters train"
+    )
     for epoch in range(done, stage.epochs):
         losses = train_epoch(run, number, stage, epoch, step, optimizer, batches)
         run.save(optimizer, number, epoch + 1)
@@ -201,8 +204,8 @@ def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_st
         runtime.print0(f"stage {number} epoch {epoch + 1}/{stage.epochs}  {shown}")
 
 
-def steps_per_epoch(args: argparse.Namespace, batches: data.TripletBatches) -> int:
-    return min(len(batches) // args.accumulate, args.epoch_steps or len(batches))
+def steps_per_epoch(args: argparse.Namespace, stage: Stage, batches: data.TripletBatches) -> int:
+    return min(len(batches) // args.accumulate, stage.epoch_steps or len(batches))
 
 
 def train_epoch(run: Run, number: int, stage: Stage, epoch: int, step, optimizer, batches: data.TripletBatches) -> dict:
@@ -210,7 +213,7 @@ def train_epoch(run: Run, number: int, stage: Stage, epoch: int, step, optimizer
     args = run.args
     batches.epoch = 1000 * number + epoch  # the stages draw different triplets
     reader = iter(data.loader(run.dataset.train, batches, args.workers, run.device))
-    num_steps = steps_per_epoch(args, batches)
+    num_steps = steps_per_epoch(args, stage, batches)
     sums: dict[str, Tensor] = {}
     start = time.perf_counter()
     shown = None if runtime.rank() == 0 else True  # None: where it is a terminal
@@ -302,7 +305,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--label-smoothing", type=float, nargs=2)
     group = parser.add_argument_group("optimisation (two values: stage 1, stage 2)")
     group.add_argument("--epochs", type=int, nargs=2, help="0 leaves a stage out")
-    group.add_argument("--epoch-steps", type=int, default=0, metavar="N", help="end an epoch after N steps")
+    group.add_argument("--frozen", choices=("yes", "no"), nargs=2, help="the backbone (default: yes no)")
+    group.add_argument("--epoch-steps", type=int, nargs=2, help="end an epoch early (default: all triplets)")
     group.add_argument("--batch-size", type=int, default=26, help="triplets a rank (default: %(default)s)")
     group.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
     group.add_argument("--lr", type=float, nargs=2)
@@ -322,13 +326,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("backbone", "backbone_weights", "image_size", "positives", "warmup_steps", "flips", "erase"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
-    given = {name: getattr(args, name) for name in ("epochs", "lr", "schedule", "weight_decay", "beta", "label_smoothing")}
+    given = {field.name: getattr(args, field.name, None) for field in fields(Stage)}
+    given["frozen"] = args.frozen and [answer == "yes" for answer in args.frozen]
     stages = [{name: pair[i] for name, pair in given.items() if pair is not None} for i in range(2)]
     args.stages = tuple(replace(stage, **changes) for stage, changes in zip(recipe.stages, stages, strict=True))
     args.triplet = args.triplet or ("FFD" if args.fusion == "graft" else "FFF")
     args.image_size = tuple(args.image_size)
     args.out = args.out or Path("runs") / args.dataset
-    least = {"batch_size": 1, "accumulate": 1, "positives": 1, "fusion_tokens": 1, "workers": 0, "val_ids": 0, "epoch_steps": 0}
+    least = {"batch_size": 1, "accumulate": 1, "positives": 1, "fusion_tokens": 1, "workers": 0, "val_ids": 0}
     for name, low in least.items():
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")

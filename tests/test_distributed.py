@@ -93,16 +93,20 @@ def test_batchnorm_of_unequal_parts_is_that_of_the_whole(two):
 
 def test_torchrun_trains_and_evaluates_as_one_process(tiny_data, tmp_path):
     """Half the batch on each of two ranks, dropout 0: the weights of one process with the whole batch; the same figures."""
-    common = ["--dropout", 0, "--epochs", 1, 1]
+    common = ["--dropout", 0, "--epochs", 1, 1, "--modality-dropout", 0.3, "--epoch-steps", 3, 3]
     one, both = tmp_path / "one", tmp_path / "two"
     done = run("train.py", *tiny_arguments(tiny_data, one), *common)
     assert done.returncode == 0, done.stderr
     done = torchrun(2, "train.py", *tiny_arguments(tiny_data, both), *common, "--batch-size", 4)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("stage 2 epoch 1/1") == 1  # rank 0 alone speaks
+    a, b = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (one, both))
+    for epoch in (1, 2):
+        for name in ("loss", "triplet", "center", "cross_entropy", "lr"):
+            assert b[epoch][name] == pytest.approx(a[epoch][name], rel=1e-4), (epoch, name)
     a, b = (runtime.load_checkpoint(folder / "last.pt")["model"] for folder in (one, both))
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], atol=2e-3, rtol=1e-2, msg=name)  # AdamW amplifies rounding
+    for name in a:  # the mean: where a gradient is nearly zero, AdamW makes much of its rounding
+        assert (b[name] - a[name]).abs().float().mean() < 2e-5, name
     done = torchrun(2, "evaluate.py", both / "last.pt", "--json", tmp_path / "two.json")
     assert done.returncode == 0, done.stderr
     assert run("evaluate.py", both / "last.pt", "--json", tmp_path / "one.json").returncode == 0

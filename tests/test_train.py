@@ -82,6 +82,25 @@ def test_evaluation_on_fewer_modalities(trained, tmp_path):
     assert json.loads((tmp_path / "two.json").read_text())["mAP"] != json.loads((trained / "metrics.json").read_text())["mAP"]
 
 
+def test_evaluation_on_all_subsets(trained, tmp_path):
+    done = run("evaluate.py", trained / "last.pt", "--all-subsets", "--json", tmp_path / "all.json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "all.json").read_text())
+    assert list(metrics) == ["rgb", "nir", "tir", "rgb,nir", "rgb,tir", "nir,tir", "rgb,nir,tir"]
+    assert metrics["rgb,nir,tir"] == json.loads((trained / "metrics.json").read_text())
+    assert len({figures["mAP"] for figures in metrics.values()}) == 7
+
+
+def test_modality_dropout_leaves_at_least_one(tiny_data):
+    args = train.parse(["--modality-dropout", "0.6", "--seed", "3"])
+    dataset = train.data.load_dataset("synthetic", tiny_data, image_size=(64, 128))
+    run = train.Run(args, torch.device("cpu"), dataset, None, None, None, None)
+    batch = train.data.collate([dataset.train[i] for i in (0, 1, 40)])
+    kept = [tuple(train.prepare(run, batch, (3, 1, 0, step, 0))[0]) for step in range(200)]
+    assert {len(modalities) for modalities in kept} == {1, 2, 3} and len(set(kept)) == 7
+    assert 0.4 < sum("tir" in modalities for modalities in kept) / 200 < 0.6  # 0.4, and 0.072 where it alone is taken back
+
+
 def test_same_seed_same_run_and_resuming_changes_nothing(trained, tiny_data, tmp_path, monkeypatch):
     """Interrupted in stage 2 after its first epoch, then resumed: the weights of the run that was not."""
     out = tmp_path / "run"
