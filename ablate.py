@@ -135,6 +135,22 @@ TABLES = {
             Row("Eq. (9) as printed", "--center-norm"),
         ),
     ),
+    "plus": Table(
+        "Beyond the paper: our recipe, and what becomes of it without each of its parts",
+        (
+            Row("the paper's recipe", ""),
+            Row("plus", "--recipe plus"),
+            Row("without identity-balanced batches", "--recipe plus --sampling triplets"),
+            Row("without both, FFF instead", "--recipe plus --triplet FFF --sampling triplets"),
+            Row(
+                "with cross-entropy on the anchors, FFD",
+                "--recipe plus --sampling triplets --triplet FFD --cross-entropy anchors",
+            ),
+            Row("without the cosine schedule", "--recipe plus --schedule sqrt sqrt"),
+            Row("without label smoothing in stage 1", "--recipe plus --label-smoothing 0 0.1"),
+            Row("without BNNeck features", "--recipe plus --no-bnneck-features"),
+        ),
+    ),
     "missing": Table(
         "Beyond the paper: trained on three sensors, tested on some",
         (
@@ -148,21 +164,27 @@ TABLES = {
 def run(row: Row, common: list[str], seed: int, out: Path) -> dict:
     """The figures of one row and seed: read where they are, else trained for, or gone on with."""
     args = train.parse(command(row, common, seed, out))
-    figures = args.out / "metrics.json"
-    metrics = json.loads(figures.read_text()) if figures.exists() else train.train(args)
-    if not row.subset:
-        return metrics
-    figures = args.out / f"metrics-{row.subset}.json"
-    if not figures.exists():
-        device = runtime.start(args.device)
-        model, checkpoint = evaluate.load_model(args.out / "last.pt")
-        dataset = data.load_dataset(args.dataset, args.data_root, tuple(row.subset.split(",")), model.config.image_size)
-        means = checkpoint["mean"], checkpoint["std"]
-        metrics = evaluate.evaluate(model.to(device), dataset.query, dataset.gallery, *means, device, args.precision)
-        if runtime.rank() == 0:
-            runtime.write_json(figures, metrics)
-        return metrics
-    return json.loads(figures.read_text())
+    metrics = once(args.out / "metrics.json", lambda: train.train(args))
+    return once(args.out / f"metrics-{row.subset}.json", lambda: on_subset(row, args)) if row.subset else metrics
+
+
+def once(path: Path, make) -> dict:
+    """What the file holds, or what `make()` returns, which is then written to it. The same on all ranks."""
+    with runtime.rank0_first():
+        done = path.exists()
+    metrics = json.loads(path.read_text()) if done else make()
+    if not done and runtime.rank() == 0:
+        runtime.write_json(path, metrics)
+    return metrics
+
+
+def on_subset(row: Row, args: argparse.Namespace) -> dict:
+    """The figures of a trained model on some of its modalities."""
+    device = runtime.start(args.device)
+    model, checkpoint = evaluate.load_model(args.out / "last.pt")
+    dataset = data.load_dataset(args.dataset, args.data_root, tuple(row.subset.split(",")), model.config.image_size)
+    splits = dataset.query, dataset.gallery, checkpoint["mean"], checkpoint["std"]
+    return evaluate.evaluate(model.to(device), *splits, device, args.precision, args.workers)
 
 
 def command(row: Row, common: list[str], seed: int, out: Path) -> list[str]:
@@ -196,6 +218,8 @@ def main() -> None:
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: expected at least 1")
     common = (SHORT.split() if args.short else []) + common
+    if not args.dry_run:
+        runtime.start(train.parse(common).device)
     seeds = range(args.seed, args.seed + args.seeds)
     for key in args.table:
         table, lines = TABLES[key], [["", "parameters", *(f"{name} %" for name in FIGURES), "paper: mAP / R1 / R5 / R10"]]

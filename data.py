@@ -401,6 +401,33 @@ class TripletBatches:
             yield triplets[first : first + self.batch_size].T.ravel().tolist()
 
 
+class IdentityBatches(TripletBatches):
+    """Batch sampler of our own recipe: 3 * batch_size sample indices, `samples` of each of as many identities as that makes.
+
+    Steps an epoch, ranks and draws are as in TripletBatches, so that the two can be compared.
+    """
+
+    def __init__(self, pids: Tensor, batch_size: int, positives: int, seed: int, samples: int = 6):
+        super().__init__(pids, batch_size, positives, seed)
+        self.groups = [np.flatnonzero(self.pids == pid) for pid in np.unique(self.pids)]
+        self.samples, self.chosen = samples, 3 * batch_size // samples * runtime.world_size()
+        if 3 * batch_size % samples or self.chosen > len(self.groups):
+            raise UserError(
+                f"--sampling identities: {3 * batch_size} images a rank, {samples} of each identity, need a --batch-size that"
+                f" {samples} divides three times, and {self.chosen} identities; the training data has {len(self.groups)}"
+            )
+
+    def __iter__(self):
+        rng, rank, part = runtime.numpy_rng(self.seed, 3, self.epoch), runtime.rank(), self.chosen // runtime.world_size()
+        for step in range(self.start + len(self)):
+            batch = [
+                rng.choice(self.groups[i], self.samples, replace=len(self.groups[i]) < self.samples)
+                for i in rng.choice(len(self.groups), self.chosen, replace=False)
+            ]
+            if step >= self.start:
+                yield np.concatenate(batch[rank * part : (rank + 1) * part]).tolist()
+
+
 # --- from uint8 to the model's input, batched, on the device
 
 

@@ -113,7 +113,7 @@ def embed(
         images = {modality: image.to(device, non_blocking=True) for modality, image in images.items()}
         with runtime.autocast(device, precision):
             fusion = model(data.normalise(images, mean, std)).fusion
-        features[indices] = F.normalize(fusion)
+        features[indices] = F.normalize(model.bottleneck(fusion) if model.config.bnneck_features else fusion)
     model.train(was_training)
     return runtime.all_sum(features).cpu()
 

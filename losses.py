@@ -25,6 +25,20 @@ def triplet_soft_margin(anchor: Tensor, positive: Tensor, negative: Tensor, squa
     return F.softplus(_distance(anchor, positive, squared) - _distance(anchor, negative, squared)).mean()
 
 
+def triplet_hardest(features: Tensor, labels: Tensor, squared: bool = True) -> Tensor:
+    """The same loss over each sample of a batch (N, D) with its farthest positive and nearest negative in it (Hermans et
+    al. 2017). Ours, for `--recipe plus`. labels (N,); a sample without a positive or a negative in the batch is left out.
+    """
+    distance = torch.cdist(features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
+    distance = distance.square() if squared else distance
+    same = labels[:, None] == labels
+    other = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    counted = other.any(1) & ~same.all(1)
+    positive = distance.masked_fill(~other, -torch.inf).amax(1)[counted]
+    negative = distance.masked_fill(same, torch.inf).amin(1)[counted]
+    return F.softplus(positive - negative).sum() / counted.sum().clamp(min=1)
+
+
 class CenterLoss(nn.Module):
     """Center loss, Eq. (9): distance of each embedding (B, D) from the learned centroid of its identity (B,).
 
@@ -51,14 +65,15 @@ class CenterLoss(nn.Module):
 class GraFTLoss(nn.Module):
     """The total loss, Eq. (10): alpha * triplet + beta * center + gamma * cross-entropy.
 
-    `scheme` names the token that stands for anchor, positive and negative: F fusion, D data (section 4.3). Cross-entropy
-    and center loss see the anchor's fusion token, which is the embedding that is tested (section 3.4), whatever the scheme.
+    `scheme` names the token that stands for anchor, positive and negative: F fusion, D data (section 4.3); "hardest" is
+    ours. Cross-entropy and center loss see the anchor's fusion token, which is the embedding that is tested (section 3.4),
+    whatever the scheme.
     """
 
     def __init__(self, num_ids: int, dim: int, scheme: str = "FFD", squared: bool = True, center_squared: bool = True):
         super().__init__()
-        if scheme not in SCHEMES:
-            raise ValueError(f"triplet scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")
+        if scheme not in (*SCHEMES, "hardest"):
+            raise ValueError(f"triplet scheme {scheme!r}: expected one of {', '.join(SCHEMES)}, hardest")
         self.scheme, self.squared = scheme, squared
         self.center = CenterLoss(num_ids, dim, center_squared)
         self.weights(alpha=0.5, beta=0.0, gamma=0.5, label_smoothing=0.0)
@@ -71,14 +86,19 @@ class GraFTLoss(nn.Module):
     def forward(self, embeddings, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Losses of B triplets: `loss`, `triplet`, `center` and `cross_entropy`, scalars.
 
-        embeddings (model.Embeddings) of 3B samples: anchors, positives, negatives; logits (B, C), labels (B,) of the anchors.
+        embeddings (model.Embeddings) of 3B samples: anchors, positives, negatives; logits (n, C) and labels (n,) of the
+        first n: the anchors, or all.
         """
-        fusion, data = embeddings.fusion.chunk(3), embeddings.data.chunk(3)
-        triplet = [{"F": fusion, "D": data}[token][role] for role, token in enumerate(self.scheme)]
+        if self.scheme == "hardest":
+            triplet = triplet_hardest(embeddings.fusion, labels, self.squared)
+        else:
+            fusion, data = embeddings.fusion.chunk(3), embeddings.data.chunk(3)
+            roles = [{"F": fusion, "D": data}[token][role] for role, token in enumerate(self.scheme)]
+            triplet = triplet_soft_margin(*roles, squared=self.squared)
         terms = {
-            "triplet": triplet_soft_margin(*triplet, squared=self.squared),
+            "triplet": triplet,
             "cross_entropy": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing),
-            "center": self.center(fusion[0], labels) if self.beta else logits.new_zeros(()),
+            "center": self.center(embeddings.fusion[: len(labels)], labels) if self.beta else logits.new_zeros(()),
         }
         loss = self.alpha * terms["triplet"] + self.beta * terms["center"] + self.gamma * terms["cross_entropy"]
         return {"loss": loss, **terms}

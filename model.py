@@ -210,6 +210,7 @@ class GraFTConfig:
     dropout: float = 0.1  # torch's default; paper, 5.2
     fusion_tokens: int = 1  # paper, 5.2
     data_token: int = 0  # paper, Eq. (11)
+    bnneck_features: bool = False  # tested is what leaves the BNNeck; the paper: what enters it
     fusion: str = "graft"  # or a baseline, see FUSIONS
 
 

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=8 train.py --dataset rgbnt100 --data-root DIR    the p
 """
 
 import argparse
+import math
 import platform
 import time
 from contextlib import nullcontext
@@ -99,6 +100,25 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, cooldown: float = 
     return factor * (total_steps - step) / (total_steps - start) if step >= start else factor
 
 
+def cosine_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """As lr_factor: linear warm-up, then half a cosine down to 0. Ours."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+SCHEDULES = {"sqrt": lr_factor, "cosine": cosine_factor, "constant": lambda *_: 1.0}
+SAMPLING = {"triplets": data.TripletBatches, "identities": data.IdentityBatches}
+PLUS = {  # --recipe plus, ours: the field's known means together; their shares are in RESULTS.md
+    "sampling": "identities",
+    "triplet": "hardest",
+    "cross_entropy": "all",
+    "schedule": ("cosine", "cosine"),
+    "label_smoothing": (0.1, 0.1),
+    "bnneck_features": True,
+}
+
+
 # --- a run
 
 
@@ -185,7 +205,7 @@ def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_st
     optimizer = make_optimizer(model, criterion, stage, args.center_lr)
     if optimizer_state:
         optimizer.load_state_dict(optimizer_state)
-    batches = data.TripletBatches(run.dataset.train.pids, args.batch_size, args.positives, args.seed)
+    batches = SAMPLING[args.sampling](run.dataset.train.pids, args.batch_size, args.positives, args.seed)
     if len(batches) < args.accumulate:
         raise UserError(f"--accumulate {args.accumulate}: an epoch has only {len(batches)} batches")
     trainable = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
@@ -218,9 +238,8 @@ def train_epoch(run: Run, number: int, stage: Stage, epoch: int, step, optimizer
     start = time.perf_counter()
     shown = None if runtime.rank() == 0 else True  # None: where it is a terminal
     for i in tqdm(range(num_steps), f"stage {number} epoch {epoch + 1}", disable=shown, leave=False):
-        if stage.schedule == "sqrt":
-            factor = lr_factor(epoch * num_steps + i, stage.epochs * num_steps, args.warmup_steps)
-            optimizer.param_groups[0]["lr"] = stage.lr * factor
+        factor = SCHEDULES[stage.schedule](epoch * num_steps + i, stage.epochs * num_steps, args.warmup_steps)
+        optimizer.param_groups[0]["lr"] = stage.lr * factor
         for part in range(args.accumulate):
             images, labels = prepare(run, next(reader), (args.seed, number, epoch, i, part))
             last = part == args.accumulate - 1
@@ -243,7 +262,7 @@ def train_epoch(run: Run, number: int, stage: Stage, epoch: int, step, optimizer
 
 
 def prepare(run: Run, batch: tuple, key: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch as read -> augmented, normalised images on the device and the anchors' labels.
+    """A batch as read -> augmented, normalised images on the device and the labels of the anchors (or of all).
 
     Draws are made for the whole step and each rank takes its triplets' part, so they do not depend on the number of
     ranks; dropout's differ by rank.
@@ -257,7 +276,8 @@ def prepare(run: Run, batch: tuple, key: tuple[int, ...]) -> tuple[dict[str, Ten
     kept[torch.randint(len(images), (), generator=generator)] |= not kept.any()  # one of them at least
     images = {m: image.to(run.device, non_blocking=True) for (m, image), keep in zip(images.items(), kept, strict=True) if keep}
     images = data.augment(images, draws, *args.flips, args.erase)
-    return data.normalise(images, run.dataset.mean, run.dataset.std), run.labels(pids[:B]).to(run.device)
+    classified = pids if args.cross_entropy == "all" else pids[:B]
+    return data.normalise(images, run.dataset.mean, run.dataset.std), run.labels(classified).to(run.device)
 
 
 # --- command line
@@ -270,6 +290,7 @@ def _modalities(text: str) -> tuple[str, ...]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments, with what was not given filled in from the data set's recipe; `stages` holds the resolved stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=("paper", "plus"), default="paper", help="plus: ours, see PLUS (default: paper)")
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset", default="synthetic", choices=data.DATASETS, help="synthetic is rendered where absent (default)"
@@ -278,6 +299,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--modalities", type=_modalities, help="e.g. rgb,tir (default: all of the data set)")
     group.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels")
     group.add_argument("--positives", type=int, help="triplets an anchor and epoch, each with another positive")
+    group.add_argument("--sampling", choices=SAMPLING, default="triplets", help="or 6 samples of each identity in a batch")
     group.add_argument("--flips", type=float, nargs=2, metavar=("P", "P"), help="probability of a horizontal, a vertical flip")
     group.add_argument("--erase", type=float, help="probability of random erasing")
     group.add_argument("--val-ids", type=int, default=0, help="hold out training identities and evaluate them after each epoch")
@@ -292,11 +314,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--modality-dropout", type=float, default=0.0, metavar="P", help="probability that a step lacks a modality"
     )
+    keep_or_not = argparse.BooleanOptionalAction
+    group.add_argument("--bnneck-features", action=keep_or_not, default=False, help="test what leaves the BNNeck")
     group.add_argument("--fusion-tokens", type=int, default=1, help="default: %(default)s")
     group.add_argument("--data-token", type=int, default=0, help="index of D, Eq. (11) (default: %(default)s)")
     group.add_argument("--dropout", type=float, default=0.1, help="of the modality encoders (default: %(default)s)")
     group = parser.add_argument_group("losses, Eq. (10)")
-    group.add_argument("--triplet", choices=SCHEMES, help="tokens of anchor, positive, negative (default: FFD; baselines: FFF)")
+    group.add_argument(
+        "--triplet", choices=(*SCHEMES, "hardest"), help="tokens of anchor, positive, negative (default: FFD; baselines: FFF)"
+    )
+    group.add_argument(
+        "--cross-entropy", choices=("anchors", "all"), default="anchors", help="samples it sees (default: anchors)"
+    )
     group.add_argument("--plain-distance", action="store_true", help="Euclidean distances in Eq. (8), not squared ones")
     group.add_argument("--center-norm", action="store_true", help="Eq. (9) as printed: the norm, not its square")
     group.add_argument("--alpha", type=float, default=0.5, help="weight of the triplet loss (default: %(default)s)")
@@ -310,7 +339,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--batch-size", type=int, default=26, help="triplets a rank (default: %(default)s)")
     group.add_argument("--accumulate", type=int, default=1, help="batches a step (default: %(default)s)")
     group.add_argument("--lr", type=float, nargs=2)
-    group.add_argument("--schedule", choices=("sqrt", "constant"), nargs=2, help="sqrt: warm-up, decay, cool-down")
+    group.add_argument("--schedule", choices=SCHEDULES, nargs=2, help="sqrt: warm-up, decay, cool-down")
     group.add_argument("--weight-decay", type=float, nargs=2)
     group.add_argument("--center-lr", type=float, default=1e-3, help="of the centroids (default: %(default)s)")
     group.add_argument("--warmup-steps", type=int, help="of the sqrt schedule")
@@ -321,7 +350,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     group.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where hardware has it")
     group.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    if parser.parse_known_args(argv)[0].recipe == "plus":
+        parser.set_defaults(**PLUS)
     args = parser.parse_args(argv)
+    if args.triplet == "hardest" and args.cross_entropy != "all":
+        raise UserError("--triplet hardest needs the labels of all samples; add --cross-entropy all")
     recipe = EMBEDDED if args.dataset == "synthetic" else PAPER
     for name in ("backbone", "backbone_weights", "image_size", "positives", "warmup_steps", "flips", "erase"):
         if getattr(args, name) is None:
@@ -359,11 +392,11 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     if args.val_ids:
         train, *validation = data.hold_out(dataset.train, args.val_ids)
         dataset = replace(dataset, train=train)
-    data.TripletBatches(dataset.train.pids, args.batch_size, args.positives, args.seed)  # refuses what cannot be trained on
+    SAMPLING[args.sampling](dataset.train.pids, args.batch_size, args.positives, args.seed)  # refuses what cannot be trained on
     config = GraFTConfig(
         modalities=dataset.modalities, num_ids=len(dataset.train.pids.unique()), image_size=args.image_size,
         distilled=not args.no_distilled, dropout=args.dropout, fusion_tokens=args.fusion_tokens, data_token=args.data_token,
-        fusion=args.fusion, **BACKBONES[args.backbone],
+        bnneck_features=args.bnneck_features, fusion=args.fusion, **BACKBONES[args.backbone],
     )  # fmt: skip
     model = build_model(config)
     criterion = GraFTLoss(config.num_ids, model.width, args.triplet, not args.plain_distance, not args.center_norm)

@@ -312,6 +312,30 @@ def test_ranks_share_each_step(monkeypatch):
     assert [np.concatenate(step, 1).ravel().tolist() for step in zip(*parts, strict=True)] == alone
 
 
+def test_identity_batches(monkeypatch):
+    pids = torch.arange(8).repeat_interleave(torch.tensor([3, 9, 9, 9, 9, 9, 9, 9]))
+    batches = data.IdentityBatches(pids, 8, 1, seed=0)  # 24 images: 4 identities, 6 of each
+    first = list(batches)
+    assert len(first) == len(batches) == 8  # as many steps as of triplets
+    for batch in first:
+        ids, counts = np.unique(pids[batch], return_counts=True)
+        assert len(ids) == 4 and (counts == 6).all()
+        assert all(len(set(batch[i : i + 6])) == 6 for i in range(0, 24, 6) if pids[batch[i]] != 0)
+    assert list(batches) == first
+    batches.epoch = 1
+    assert list(batches) != first
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
+        parts.append(list(data.IdentityBatches(pids, 4, 1, seed=0)))
+    assert [a + b for a, b in zip(*parts, strict=True)] == first
+    with pytest.raises(UserError, match="16 identities; the training data has 8"):
+        data.IdentityBatches(pids, 16, 1, seed=0)
+    with pytest.raises(UserError, match="6 divides three times"):
+        data.IdentityBatches(pids, 3, 1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("pids", "batch_size", "message"),
     [

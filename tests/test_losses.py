@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import SCHEMES, CenterLoss, GraFTLoss, triplet_soft_margin
+from losses import SCHEMES, CenterLoss, GraFTLoss, triplet_hardest, triplet_soft_margin
 from model import Embeddings
 
 
@@ -77,3 +77,20 @@ def test_total_is_the_weighted_sum():
 def test_unknown_scheme():
     with pytest.raises(ValueError, match="FDX"):
         GraFTLoss(3, 4, "FDX")
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_hardest_triplets_by_brute_force(squared):
+    torch.manual_seed(0)
+    features, labels = torch.randn(9, 4, requires_grad=True), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])  # 3 has no positive
+    expected = []
+    for i in range(8):
+        distance = [((features[i] - f).square().sum() if squared else (features[i] - f).norm()) for f in features]
+        positive = max(d for j, d in enumerate(distance) if labels[j] == labels[i] and j != i)
+        negative = min(d for j, d in enumerate(distance) if labels[j] != labels[i])
+        expected.append(torch.log(1 + torch.exp(positive - negative)))
+    loss = triplet_hardest(features, labels, squared)
+    torch.testing.assert_close(loss, sum(expected) / 8)
+    loss.backward()
+    assert torch.isfinite(features.grad).all() and features.grad.any()
+    assert triplet_hardest(features, torch.zeros(9, dtype=torch.int64)) == 0  # no negatives

@@ -25,6 +25,25 @@ def test_schedule_by_hand():
     assert train.lr_factor(0, 10, 0) == 1
 
 
+def test_cosine_schedule_by_hand():
+    factors = [train.cosine_factor(step, 30, 10) for step in range(30)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1 and factors[20] == pytest.approx(0.5) and 0 < factors[29] < 0.01
+
+
+def test_recipe_plus_can_be_taken_apart(tiny_data, tmp_path):
+    args = train.parse(["--recipe", "plus", "--no-bnneck-features", "--schedule", "sqrt", "sqrt"])
+    assert (args.sampling, args.triplet, args.cross_entropy, args.bnneck_features) == ("identities", "hardest", "all", False)
+    assert [(stage.schedule, stage.label_smoothing) for stage in args.stages] == [("sqrt", 0.1)] * 2
+    out, plain = tmp_path / "plus", ["--schedule", "cosine", "cosine", "--epochs", 1, 1, "--batch-size", 4]
+    done = run("train.py", *tiny_arguments(tiny_data, out), "--recipe", "plus", *plain)
+    assert done.returncode == 0, done.stderr
+    done = run("evaluate.py", out / "last.pt", "--json", tmp_path / "again.json")
+    assert done.returncode == 0 and (tmp_path / "again.json").read_text() == (out / "metrics.json").read_text()
+    with pytest.raises(train.UserError, match="add --cross-entropy all"):
+        train.parse(["--triplet", "hardest"])
+
+
 def test_papers_recipe_is_the_default_of_the_benchmarks():
     args = train.parse(["--dataset", "rgbnt100"])
     first, second = args.stages
