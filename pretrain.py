@@ -1,6 +1,6 @@
 """Pretrain the small backbone on RGB images of other vehicles than the embedded data set's: plain classification.
 
-    python synthetic.py --out data/pretrain --first-id 1001 --train-ids 600 --test-ids 1 --captures 5 --studio
+    python synthetic.py --out data/pretrain --first-id 1001 --train-ids 1200 --test-ids 1 --captures 4 --studio
     python pretrain.py --data-root data/pretrain --out weights/vit-small-rgb.pth
 
 What DeiT's ImageNet weights are to the paper, these are to the embedded data set: a backbone that knows colour images.
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True, help="folder written by synthetic.py")
     parser.add_argument("--out", type=Path, required=True, help="file of fp16 weights to write")
-    parser.add_argument("--epochs", type=int, default=24, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=25, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=128, help="images (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="default: %(default)s")
     parser.add_argument(

@@ -51,13 +51,13 @@ def test_capture_depends_on_its_key_alone():
 
 
 def test_vehicles_are_apart_also_from_those_of_pretraining():
-    points = vehicles(1601)
-    assert points.shape == (1601, len(ATTRIBUTES)) and points.min() >= 0 and points.max() <= 1
+    points = vehicles(2201)
+    assert points.shape == (2201, len(ATTRIBUTES)) and points.min() >= 0 and points.max() <= 1
     assert np.array_equal(points[:10], vehicles(10)) and not np.array_equal(points[:10], vehicles(10, seed=1))
     assert AXES[: len(BODY)] == list(BODY)
     body = points[:, : len(BODY)]
     for i in range(150):
-        others = np.r_[0:i, i + 1 : 150, 1000:1601]
+        others = np.r_[0:i, i + 1 : 150, 1000:2201]
         assert np.sqrt(((body[others] - body[i]) ** 2).sum(1)).min() >= MIN_DISTANCE
 
 
