@@ -125,7 +125,7 @@ def numpy_rng(*key: int) -> np.random.Generator:
 
 
 def torch_seed(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 # --- files
