@@ -36,8 +36,7 @@ def program(main):
             print("interrupted: what was saved before stays", file=sys.stderr)
             code = 130
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            stop()
         sys.exit(code)
 
     return guarded
@@ -58,6 +57,13 @@ def start(device: str = "auto") -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        time.sleep(0.1)  # torch 2.6 joins gloo's threads with the interpreter's lock held, which they may still need
+        dist.destroy_process_group()
 
 
 def rank() -> int:

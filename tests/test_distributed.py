@@ -55,7 +55,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     result = {"gradients": gradients(step), "loss": runtime.all_sum(losses["loss"].detach()) / world}
     result |= {"mean": norm.running_mean, "var": norm.running_var}
     torch.save(result, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    runtime.stop()
 
 
 @pytest.fixture(scope="module")
