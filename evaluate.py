@@ -188,11 +188,10 @@ def main() -> None:
     if unknown := [modality for modality in args.modalities if modality not in model.config.modalities]:
         raise UserError(f"--modalities {','.join(unknown)}: the model was trained on {','.join(model.config.modalities)}")
     sizes = range(1, len(args.modalities) + 1) if args.all_subsets else (len(args.modalities),)
-    results = {}
+    model, mean, std, results = model.to(device), checkpoint["mean"], checkpoint["std"], {}
     for subset in chain.from_iterable(combinations(args.modalities, size) for size in sizes):
         dataset = data.load_dataset(args.dataset, args.data_root, subset, model.config.image_size)
-        mean, std = checkpoint["mean"], checkpoint["std"]
-        metrics = evaluate(model.to(device), dataset.query, dataset.gallery, mean, std, device, args.precision, args.workers)
+        metrics = evaluate(model, dataset.query, dataset.gallery, mean, std, device, args.precision, args.workers)
         results[",".join(subset)] = metrics
         runtime.print0((f"{','.join(subset):<16}" if args.all_subsets else "") + summary(metrics))
     metrics = results if args.all_subsets else metrics

@@ -66,8 +66,8 @@ class GraFTLoss(nn.Module):
     """The total loss, Eq. (10): alpha * triplet + beta * center + gamma * cross-entropy.
 
     `scheme` names the token that stands for anchor, positive and negative: F fusion, D data (section 4.3); "hardest" is
-    ours. Cross-entropy and center loss see the anchor's fusion token, which is the embedding that is tested (section 3.4),
-    whatever the scheme.
+    ours. Cross-entropy and center loss see the fusion token, which is the embedding that is tested (section 3.4), whatever
+    the scheme: the anchors', or those of all samples that have a label.
     """
 
     def __init__(self, num_ids: int, dim: int, scheme: str = "FFD", squared: bool = True, center_squared: bool = True):

@@ -38,7 +38,7 @@ class Stage:
     lr: float
     weight_decay: float
     betas: tuple[float, float]  # AdamW's
-    schedule: str  # "sqrt": warm-up, square-root decay, cool-down; "constant"
+    schedule: str  # of SCHEDULES
     beta: float  # center loss
     label_smoothing: float
     epoch_steps: int = 0  # ends an epoch early; 0: all triplets
@@ -72,7 +72,7 @@ PAPER = Recipe(
         Stage(False, 60, 5e-6, 0.0013, (0.836, 0.979), "constant", beta=0.0005, label_smoothing=0.1),  # beta: see D2
     ),
 )
-EMBEDDED = Recipe(  # ours: what reaches most in four minutes on two CPU cores; chosen on other vehicles, see RESULTS.md
+EMBEDDED = Recipe(  # ours: what reaches most in under five minutes on two CPU cores; chosen on other vehicles, see RESULTS.md
     backbone="small",
     backbone_weights=str(Path(__file__).parent / "weights" / "vit-small-rgb.pth"),
     image_size=(64, 128),
@@ -109,7 +109,7 @@ def cosine_factor(step: int, total_steps: int, warmup_steps: int) -> float:
 
 SCHEDULES = {"sqrt": lr_factor, "cosine": cosine_factor, "constant": lambda *_: 1.0}
 SAMPLING = {"triplets": data.TripletBatches, "identities": data.IdentityBatches}
-PLUS = {  # --recipe plus, ours: the field's known means together; their shares are in RESULTS.md
+PLUS = {  # --recipe plus, ours: the field's known means together; ablate.py --table plus takes it apart
     "sampling": "identities",
     "triplet": "hardest",
     "cross_entropy": "all",
@@ -130,7 +130,7 @@ class TrainingStep(nn.Module):
         self.model, self.criterion, self.device, self.precision = model, criterion, device, precision
 
     def forward(self, images: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """images (3B, 3, H, W) of anchors, positives and negatives; labels (B,) of the anchors."""
+        """images (3B, 3, H, W) of anchors, positives and negatives; labels of the anchors, (B,), or of all, (3B,)."""
         with runtime.autocast(self.device, self.precision):
             embeddings = self.model(images)
         logits = self.model.classify(embeddings.fusion[: len(labels)])
@@ -370,6 +370,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, low in least.items():
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+    for name in ("modality_dropout", "dropout", "erase"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a probability, 0 to 1")
     return args
 
 

@@ -191,6 +191,7 @@ def mistakes(tiny_data, trained, tmp_path):
         (train, [*tiny, "--data-root", one], "identities in the training data is 1"),
         (train, [*tiny, "--data-root", cut], f"{victim.name}: not an image that can be read"),
         (train, [*tiny, "--batch-size", 65], "batch of 65 triplets on 1 rank"),
+        (train, [*tiny, "--dropout", 2], "--dropout 2.0: expected a probability"),
         (train, [*tiny, "--batch-size", 0], "--batch-size 0: expected at least 1"),
         (train, [*tiny, "--modalities", "rgb,depth"], "no modality depth"),
         (train, [*tiny, "--image-size", 60, 128], "60x128: patch 16 does not divide"),
