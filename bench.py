@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
+import prune
 import runtime
 import train
 from losses import GraFTLoss, triplet_soft_margin
-from model import GraFT, GraFTConfig, ViT
+from model import BACKBONES, GraFT, GraFTConfig, ViT
 from runtime import UserError
 
 # --- peers, of public parts
@@ -158,6 +159,19 @@ def vit_sides(name: str, training: bool, precision: str, device: torch.device) -
     return partial(run, ours.train(training), ours), partial(run, peer.train(training), peer.forward_features)
 
 
+def pruned_sides(device: torch.device) -> Sides:
+    """The embedded model with half of its prunable weights, as whole heads and channels, against all of it."""
+    model = GraFT(GraFTConfig(image_size=(64, 128), **BACKBONES["small"])).to(device).eval()
+    smaller = prune.shrink(model, prune.prunable(model) // 2).eval()
+    images = dict.fromkeys(model.config.modalities, torch.randn(evaluate.BATCH_SIZE, 3, 64, 128, device=device))
+
+    def run(side: nn.Module) -> None:
+        with torch.no_grad(), runtime.autocast(device, "auto"):
+            side(images)
+
+    return partial(run, smaller), partial(run, model)
+
+
 def rank_sides(num_query: int, num_gallery: int, num_ids: int, num_keys: int, _: torch.device) -> Sides:
     """mAP of noisy features of width 768: on the CPU, where embeddings are ranked."""
     centers = torch.randn(num_ids, 768)
@@ -186,6 +200,7 @@ ROWS = {
     "small-training": Row("ViT small, forward and backward: both bf16", 1.0, partial(vit_sides, "small", True, "bf16")),
     "small-forward-fp32": Row("ViT small, forward: both fp32", 1.0, partial(vit_sides, "small", False, "fp32")),
     "small-training-fp32": Row("ViT small, forward and backward: both fp32", 1.0, partial(vit_sides, "small", True, "fp32")),
+    "pruned": Row("embedding: half the weights by all", 1.5, pruned_sides),
     "rank-rgbnt100": Row("ranking, 1,715 by 8,575", 4.0, partial(rank_sides, 1715, 8575, 50, 8)),
     "rank-market": Row("ranking, 3,368 by 19,732", 4.0, partial(rank_sides, 3368, 19732, 750, 6), peer_once=True),
 }

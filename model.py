@@ -46,17 +46,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim)
+        self.proj = nn.Linear(heads * head_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, D/H)
-        x = attend(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        B, N, _ = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, D/H)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -72,12 +71,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, hidden: int, head_dim: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, head_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = MLP(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -88,10 +87,13 @@ class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2021), with DeiT's distillation token (Touvron et al. 2021) if `distilled`.
 
     (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, then distillation, then patches row by row.
-    Parameters are named as in timm and in the released DeiT checkpoints. Raises UserError for sizes that do not divide.
+    Parameters are named as in timm and in the released DeiT checkpoints. `blocks` gives (heads, MLP channels) of each block
+    of a pruned one; the width of a head stays D / `heads`. Raises UserError for sizes that do not divide.
     """
 
-    def __init__(self, image_size=(224, 224), patch_size=16, dim=768, depth=12, heads=12, distilled=True, channels=3):
+    def __init__(
+        self, image_size=(224, 224), patch_size=16, dim=768, depth=12, heads=12, distilled=True, channels=3, blocks=()
+    ):
         super().__init__()
         if any(side % patch_size for side in image_size):
             raise UserError(f"image size {image_size[0]}x{image_size[1]}: patch {patch_size} does not divide both sides")
@@ -105,7 +107,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix_tokens + self.grid[0] * self.grid[1], dim))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, *sizes, dim // heads) for sizes in blocks or [(heads, 4 * dim)] * depth)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for parameter in (self.cls_token, self.dist_token, self.pos_embed):
             if parameter is not None:
@@ -212,6 +214,7 @@ class GraFTConfig:
     data_token: int = 0  # paper, Eq. (11)
     bnneck_features: bool = False  # tested is what leaves the BNNeck; the paper: what enters it
     fusion: str = "graft"  # or a baseline, see FUSIONS
+    blocks: tuple[tuple[int, int], ...] = ()  # of a pruned backbone: heads and MLP channels of each block
 
 
 BACKBONES = {
@@ -264,7 +267,7 @@ class MultiModalModel(nn.Module):
     def new_backbone(self, channels: int = 3) -> ViT:
         config = self.config
         sizes = (config.image_size, config.patch_size, config.dim, config.depth, config.heads, config.distilled)
-        return ViT(*sizes, channels)
+        return ViT(*sizes, channels, config.blocks)
 
     def new_encoder(self) -> ModalityEncoder:
         config = self.config
@@ -290,10 +293,11 @@ class MultiModalModel(nn.Module):
             backbone.freeze(frozen)
         self.train(self.training)
 
-    def num_parameters(self) -> int:
+    def num_parameters(self, nonzero: bool = False) -> int:
         """Parameters of what makes the embedding: all but the BNNeck and the classifier, which only training needs."""
         head = {*self.bottleneck.parameters(), *self.classifier.parameters()}
-        return sum(parameter.numel() for parameter in self.parameters() if parameter not in head)
+        parameters = [parameter for parameter in self.parameters() if parameter not in head]
+        return sum(int(parameter.count_nonzero()) if nonzero else parameter.numel() for parameter in parameters)
 
 
 class SharedBackboneModel(MultiModalModel):

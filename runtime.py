@@ -5,6 +5,7 @@ The only room that knows torch.distributed. Under torchrun every function below 
 
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -173,7 +174,31 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a checkpoint that torch can read safely ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint (a dict of tensors)")
+    if isinstance(state := checkpoint.get("model"), dict):
+        try:
+            checkpoint["model"] = {name: unpack(value) if isinstance(value, dict) else value for name, value in state.items()}
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: its pruned weights cannot be unpacked ({error}); use another copy") from None
     return checkpoint
+
+
+def pack(weight: torch.Tensor) -> dict:
+    """A weight of which much is zero, as a bit mask and the values that are not: what a pruned checkpoint holds."""
+    mask = weight != 0
+    return {"shape": tuple(weight.shape), "mask": torch.from_numpy(np.packbits(mask.numpy())), "values": weight[mask]}
+
+
+def unpack(packed: dict) -> torch.Tensor:
+    """The weight that was packed. Raises ValueError where the parts do not fit one another."""
+    shape, bits, values = packed["shape"], packed["mask"].numpy(), packed["values"]
+    if math.prod(shape) > 8 * len(bits):
+        raise ValueError(f"{len(bits)} bytes of mask for a weight of {math.prod(shape)}")
+    mask = torch.from_numpy(np.unpackbits(bits, count=math.prod(shape))).bool().view(shape)
+    if mask.sum() != len(values):
+        raise ValueError(f"{len(values)} values for {mask.sum()} places")
+    weight = values.new_zeros(shape)
+    weight[mask] = values
+    return weight
 
 
 def write_json(path: str | Path, content: dict) -> None:

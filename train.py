@@ -161,17 +161,23 @@ class Run:
         """Write OUT/last.pt: everything that evaluation, or going on, needs. Draws depend on (seed, epoch, step) alone."""
         if runtime.rank() == 0:
             checkpoint = {
-                "config": asdict(self.model.config),
+                **self.about(),
                 "model": self.model.state_dict(),
                 "criterion": self.criterion.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "progress": {"stage": stage, "epoch": epoch},
-                "pids": self.pids.tolist(),
-                "mean": self.dataset.mean,
-                "std": self.dataset.std,
-                "settings": settings(self.args),
             }
             runtime.save_checkpoint(self.args.out / "last.pt", checkpoint)
+
+    def about(self) -> dict:
+        """What a checkpoint says of the model besides its weights."""
+        return {
+            "config": asdict(self.model.config),
+            "pids": self.pids.tolist(),
+            "mean": self.dataset.mean,
+            "std": self.dataset.std,
+            "settings": settings(self.args),
+        }
 
     def evaluate(self, query: data.Split, gallery: data.Split) -> dict:
         args, dataset = self.args, self.dataset
@@ -189,8 +195,10 @@ def make_optimizer(model: MultiModalModel, criterion: GraFTLoss, stage: Stage, c
     return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay, fused=fused)
 
 
-def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_state: dict | None = None) -> None:
-    """Train one stage, from epoch `done` on; saves a checkpoint after each epoch."""
+def train_stage(
+    run: Run, number: int, stage: Stage, done: int = 0, optimizer_state: dict | None = None, save: bool = True
+) -> None:
+    """Train one stage, from epoch `done` on; saves a checkpoint after each epoch, if asked to."""
     args, model, criterion = run.args, run.model, run.criterion
     model.train()
     model.freeze_backbone(stage.frozen)
@@ -214,7 +222,8 @@ def train_stage(run: Run, number: int, stage: Stage, done: int = 0, optimizer_st
     )
     for epoch in range(done, stage.epochs):
         losses = train_epoch(run, number, stage, epoch, step, optimizer, batches)
-        run.save(optimizer, number, epoch + 1)
+        if save:
+            run.save(optimizer, number, epoch + 1)
         record = {"stage": number, "epoch": epoch + 1, **losses}
         if run.validation:
             record["validation"] = run.evaluate(*run.validation)
@@ -382,36 +391,27 @@ def settings(args: argparse.Namespace) -> dict:
     return {**plain, "stages": [asdict(stage) for stage in args.stages]}
 
 
-def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
-    """Data, model and losses as `args` say, and the checkpoint to go on from, if any."""
+def refuse_occupied(args: argparse.Namespace) -> Path:
+    """OUT/last.pt, which may be there only where `--resume` was given."""
     last = args.out / "last.pt"
     if last.exists() and not args.resume:
         raise UserError(f"{args.out}: holds a run already; choose another --out, or --resume to go on with it")
-    device = runtime.start(args.device)
-    torch.manual_seed(args.seed)
+    return last
+
+
+def load_data(args: argparse.Namespace) -> tuple[data.Dataset, tuple[data.Split, data.Split] | None]:
+    """The data set, and query and gallery of the training identities that `--val-ids` holds out."""
     dataset = data.load_dataset(args.dataset, args.data_root, args.modalities, args.image_size)
-    args.modalities = dataset.modalities
-    validation = None
-    if args.val_ids:
-        train, *validation = data.hold_out(dataset.train, args.val_ids)
-        dataset = replace(dataset, train=train)
-    SAMPLING[args.sampling](dataset.train.pids, args.batch_size, args.positives, args.seed)  # refuses what cannot be trained on
-    config = GraFTConfig(
-        modalities=dataset.modalities, num_ids=len(dataset.train.pids.unique()), image_size=args.image_size,
-        distilled=not args.no_distilled, dropout=args.dropout, fusion_tokens=args.fusion_tokens, data_token=args.data_token,
-        bnneck_features=args.bnneck_features, fusion=args.fusion, **BACKBONES[args.backbone],
-    )  # fmt: skip
-    model = build_model(config)
-    criterion = GraFTLoss(config.num_ids, model.width, args.triplet, not args.plain_distance, not args.center_norm)
-    checkpoint = runtime.load_checkpoint(last) if last.exists() else None
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        criterion.load_state_dict(checkpoint["criterion"])
-    elif args.backbone_weights != "none":
-        dropped = load_backbone(model, args.backbone_weights)
-        runtime.print0(f"backbone from {args.backbone_weights}; left out: {', '.join(dropped) or 'nothing'}")
-    for backbone in model.backbones:
-        backbone.checkpointing = args.checkpointing
+    if not args.val_ids:
+        return dataset, None
+    train, *validation = data.hold_out(dataset.train, args.val_ids)
+    return replace(dataset, train=train), validation
+
+
+def open_run(args: argparse.Namespace, device: torch.device, dataset, validation, model: MultiModalModel) -> Run:
+    """Losses, the folder OUT and its log for a model and its data."""
+    scheme = args.triplet, not args.plain_distance, not args.center_norm
+    criterion = GraFTLoss(model.config.num_ids, model.width, *scheme)
     if runtime.rank() == 0:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -419,7 +419,35 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
             raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
         runtime.write_json(args.out / "config.json", settings(args))
     log = runtime.RunLog(args.out / "log.jsonl")
-    return Run(args, device, dataset, validation, model.to(device), criterion.to(device), log), checkpoint
+    return Run(args, device, dataset, validation, model.to(device), criterion.to(device), log)
+
+
+def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
+    """Data, model and losses as `args` say, and the checkpoint to go on from, if any."""
+    last = refuse_occupied(args)
+    device = runtime.start(args.device)
+    torch.manual_seed(args.seed)
+    dataset, validation = load_data(args)
+    args.modalities = dataset.modalities
+    SAMPLING[args.sampling](dataset.train.pids, args.batch_size, args.positives, args.seed)  # refuses what cannot be trained on
+    config = GraFTConfig(
+        modalities=dataset.modalities, num_ids=len(dataset.train.pids.unique()), image_size=args.image_size,
+        distilled=not args.no_distilled, dropout=args.dropout, fusion_tokens=args.fusion_tokens, data_token=args.data_token,
+        bnneck_features=args.bnneck_features, fusion=args.fusion, **BACKBONES[args.backbone],
+    )  # fmt: skip
+    model = build_model(config)
+    checkpoint = runtime.load_checkpoint(last) if last.exists() else None
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    elif args.backbone_weights != "none":
+        dropped = load_backbone(model, args.backbone_weights)
+        runtime.print0(f"backbone from {args.backbone_weights}; left out: {', '.join(dropped) or 'nothing'}")
+    for backbone in model.backbones:
+        backbone.checkpointing = args.checkpointing
+    run = open_run(args, device, dataset, validation, model)
+    if checkpoint:
+        run.criterion.load_state_dict(checkpoint["criterion"])
+    return run, checkpoint
 
 
 def train(args: argparse.Namespace) -> dict:
