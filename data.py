@@ -1,10 +1,14 @@
 """Data sets of multi-modal ReID: what is known of each, how their files are found and read, triplets, augmentation.
 
+python data.py --check --dataset rgbnt100 --data-root DIR          reads all of it and lists everything that is wrong
+
 Shapes: B samples, H height, W width. Images are uint8 RGB, (3, H, W); a sample maps modality to image.
 """
 
+import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -14,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 import runtime
 import synthetic
@@ -23,6 +28,7 @@ from runtime import UserError
 
 SPLITS = ("train", "query", "gallery")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+MAX_PIXELS = 2**26  # of an image: more is refused before it is decoded
 CACHE_BYTES = 2**30  # splits whose decoded images fit are kept in memory
 
 
@@ -166,10 +172,12 @@ class Split(torch.utils.data.Dataset):
 
 def read_image(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG", "PNG", "BMP")) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}: more than 8 bits a channel")
-            return image.convert("RGB")
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not an image that can be read ({error}); replace or remove the file") from None
 
@@ -186,8 +194,13 @@ def loader(split: Split, batches, workers: int, device: torch.device) -> torch.u
     if split.keep_in_memory():
         workers = 0
     return torch.utils.data.DataLoader(
-        split, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda"
-    )
+        split, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_ctrl_c,
+    )  # fmt: skip
+
+
+def _leave_ctrl_c(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # to the main process, which then ends its workers
 
 
 # --- finding the files
@@ -214,21 +227,13 @@ def load_dataset(
     `modalities` keeps those alone, `image_size` (height, width) resizes. Training samples that lack a modality are left
     out with a warning, query and gallery samples stay. Raises UserError, with the trees expected, where nothing matches.
     """
-    if name not in DATASETS:
-        raise UserError(f"data set {name!r}: expected one of {', '.join(DATASETS)}")
-    facts, root = DATASETS[name], Path(root)
-    if name == "synthetic":
-        _render(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --data-root expects the folder of {name}, or its parent")
-    base, layout = _detect(name, facts, root)
-    found = facts.modalities or _modalities(base, layout)
-    chosen = tuple(modalities or found)
-    if unknown := [modality for modality in chosen if modality not in found]:
-        raise UserError(f"{base}: no modality {', '.join(unknown)} in {name}; expected some of {', '.join(found)}")
-    splits = {}
+    base, layout, facts, found, chosen = _open(name, Path(root), modalities)
+    splits, wrong = {}, []
     for i, split in enumerate(SPLITS):
-        samples = _index(base, layout, facts, i, found, chosen)
+        samples = _index(base, layout, facts, i, found, chosen, wrong)
+        if wrong:
+            more = f"; and {len(wrong) - 1} more, python data.py --check lists all" if len(wrong) > 1 else ""
+            raise UserError(wrong[0] + more)
         if split == "train":
             samples = _complete(samples, chosen)
         if not samples:
@@ -242,6 +247,61 @@ def load_dataset(
     mean = {modality: facts.mean.get(modality, _IMAGENET[0]) for modality in chosen}
     std = {modality: facts.std.get(modality, _IMAGENET[1]) for modality in chosen}
     return Dataset(name, chosen, **splits, mean=mean, std=std)
+
+
+def check(name: str, root: str | Path, modalities: tuple[str, ...] | None = None) -> list[str]:
+    """Read every image of a data set; returns a line for each thing that is wrong with it. UserError where none is found."""
+    base, layout, facts, found, chosen = _open(name, Path(root), modalities)
+    wrong: list[str] = []
+    splits = {split: _index(base, layout, facts, i, found, chosen, wrong) for i, split in enumerate(SPLITS)}
+    for split, samples in splits.items():
+        if not samples:
+            wrong.append(f"{base}: no usable images in split {split}; expected files at {layout.tree()}")
+        wrong += [
+            f"{base}: {split}: {sample.name} lacks {', '.join(lacking)}"
+            for sample in samples
+            if (lacking := [modality for modality in chosen if modality not in sample.images])
+        ]
+        reader = Split(samples, chosen)
+
+        def problem(sample: Sample, read=reader._read) -> str | None:
+            try:
+                read(sample)
+            except UserError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = tqdm(pool.map(problem, samples), split, len(samples), leave=False, disable=None)
+            wrong += [message for message in results if message]
+    counts = Counter(sample.pid for sample in splits["train"])
+    wrong += [f"{base}: train: identity {pid} has a single sample, so no positive" for pid, n in counts.items() if n == 1]
+    keys: dict[int, set[int]] = {}
+    for sample in splits["gallery"]:
+        keys.setdefault(sample.pid, set()).add(sample.key)
+    wrong += [
+        f"{base}: query: {sample.name} has no match in the gallery from another camera or scene"
+        for sample in splits["query"]
+        if not keys.get(sample.pid, set()) - {sample.key}
+    ]
+    shared = sorted(counts.keys() & keys.keys())
+    return wrong + [f"{base}: identity {pid} is in the training data and in the gallery" for pid in shared]
+
+
+def _open(name: str, root: Path, modalities: tuple[str, ...] | None) -> tuple:
+    """Folder, layout and facts of a data set, the modalities it has and those chosen."""
+    if name not in DATASETS:
+        raise UserError(f"data set {name!r}: expected one of {', '.join(DATASETS)}")
+    facts = DATASETS[name]
+    if name == "synthetic":
+        _render(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; --data-root expects the folder of {name}, or its parent")
+    base, layout = _detect(name, facts, root)
+    found = facts.modalities or _modalities(base, layout)
+    chosen = tuple(modalities or found)
+    if unknown := [modality for modality in chosen if modality not in found]:
+        raise UserError(f"{base}: no modality {', '.join(unknown)} in {name}; expected some of {', '.join(found)}")
+    return base, layout, facts, found, chosen
 
 
 def _warn(message: str) -> None:
@@ -286,21 +346,32 @@ def _modalities(base: Path, layout: Layout) -> tuple[str, ...]:
     return tuple(sorted(folders, key=lambda name: (usual.index(name) if name in usual else len(usual), name)))
 
 
-def _index(base: Path, layout: Layout, facts: Facts, i: int, found: tuple[str, ...], chosen: tuple[str, ...]) -> list[Sample]:
-    """Samples of split i, sorted by name; the modalities of one are paired by the path without split, modality, suffix."""
+def _index(
+    base: Path, layout: Layout, facts: Facts, i: int, found: tuple[str, ...], chosen: tuple[str, ...], wrong: list[str]
+) -> list[Sample]:
+    """Samples of split i, sorted by name; the modalities of one are paired by the path without split, modality, suffix.
+
+    What cannot be a sample is left out, and a line about it added to `wrong`.
+    """
     stars = [place for place, part in enumerate(layout.pattern.split("/")) if part == "*"]
     mosaic = "{modality}" not in layout.pattern
     folders = (
         {"": chosen} if mosaic else {f: (m,) for m, f in zip(found, layout.modalities or found, strict=True) if m in chosen}
     )
     files: dict[str, dict[str, tuple[Path, int | None]]] = {}
+    real, inside = base.resolve(), set()
     for folder, held in folders.items():
         for path in sorted(base.glob(layout.pattern.format(split=layout.splits[i], modality=folder))):
             if path.suffix.lower() in SUFFIXES:
                 places = path.relative_to(base).with_suffix("").parts
                 images = files.setdefault("/".join(places[star] for star in stars), {})
                 if held[0] in images:
-                    raise UserError(f"{path}: the same sample as {images[held[0]][0].name}; remove one of them")
+                    wrong.append(f"{path}: the same sample as {images[held[0]][0].name}; remove one of them")
+                    continue
+                if (path.is_symlink() or path.parent not in inside) and not path.resolve().is_relative_to(real):
+                    wrong.append(f"{path}: leads to {path.resolve()}, out of the data set; put a copy in its place")
+                    continue
+                inside.add(path.parent)
                 images |= {modality: (path, found.index(modality) if mosaic else None) for modality in held}
     if layout.query_names and SPLITS[i] == "query":
         names = {path.stem for path in (base / layout.query_names).glob("*")}
@@ -309,7 +380,8 @@ def _index(base: Path, layout: Layout, facts: Facts, i: int, found: tuple[str, .
     for name, images in sorted(files.items()):
         match = re.search(facts.name, name)
         if not match:
-            raise UserError(f"{base}: {name}: no identity and camera in the name; expected e.g. 0501_c0001_000 ({facts.name})")
+            wrong.append(f"{base}: {name}: no identity and camera in the name; expected e.g. 0501_c0001_000 ({facts.name})")
+            continue
         samples.append(Sample(name, int(match["pid"]), int(match["key"]) - facts.first_key, images))
     return samples
 
@@ -375,7 +447,7 @@ class TripletBatches:
 
     def __init__(self, pids: Tensor, batch_size: int, positives: int, seed: int):
         self.pids, self.batch_size, self.positives, self.seed = pids.numpy(), batch_size, positives, seed
-        self.epoch = self.start = 0
+        self.epoch = 0
         ids, counts = np.unique(self.pids, return_counts=True)
         if len(ids) < 2:
             raise UserError(
@@ -391,12 +463,12 @@ class TripletBatches:
             )
 
     def __len__(self) -> int:
-        return self.num_triplets // (self.batch_size * runtime.world_size()) - self.start
+        return self.num_triplets // (self.batch_size * runtime.world_size())
 
     def __iter__(self):
         triplets = make_triplets(self.pids, self.positives, runtime.numpy_rng(self.seed, 2, self.epoch))
         whole = self.batch_size * runtime.world_size()
-        for step in range(self.start, len(triplets) // whole):
+        for step in range(len(self)):
             first = step * whole + runtime.rank() * self.batch_size
             yield triplets[first : first + self.batch_size].T.ravel().tolist()
 
@@ -419,13 +491,12 @@ class IdentityBatches(TripletBatches):
 
     def __iter__(self):
         rng, rank, part = runtime.numpy_rng(self.seed, 3, self.epoch), runtime.rank(), self.chosen // runtime.world_size()
-        for step in range(self.start + len(self)):
+        for _ in range(len(self)):
             batch = [
                 rng.choice(self.groups[i], self.samples, replace=len(self.groups[i]) < self.samples)
                 for i in rng.choice(len(self.groups), self.chosen, replace=False)
             ]
-            if step >= self.start:
-                yield np.concatenate(batch[rank * part : (rank + 1) * part]).tolist()
+            yield np.concatenate(batch[rank * part : (rank + 1) * part]).tolist()
 
 
 # --- from uint8 to the model's input, batched, on the device
@@ -466,3 +537,23 @@ def normalise(images: dict[str, Tensor], mean: dict, std: dict) -> dict[str, Ten
         centre, spread = (255 * torch.tensor(x[modality], device=image.device).view(3, 1, 1) for x in (mean, std))
         result[modality] = (image - centre).div_(spread)
     return result
+
+
+@runtime.program
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", required=True, help="read every image, list everything that is wrong")
+    parser.add_argument("--dataset", default="synthetic", choices=DATASETS, help="default: %(default)s")
+    parser.add_argument("--data-root", default="data", help="the data set's folder or its parent (default: %(default)s)")
+    parser.add_argument("--modalities", type=lambda text: tuple(text.split(",")), help="e.g. rgb,tir (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="unused: nothing is drawn")
+    args = parser.parse_args()
+    wrong = check(args.dataset, args.data_root, args.modalities)
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    if wrong:
+        raise UserError(f"{args.data_root}: {len(wrong)} things are wrong, see above")
+    print(f"{args.data_root}: nothing is wrong")
+
+
+if __name__ == "__main__":
+    main()

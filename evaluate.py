@@ -148,14 +148,27 @@ def summary(metrics: dict) -> str:
 
 
 def load_model(path: str | Path) -> tuple[MultiModalModel, dict]:
-    """The model of a checkpoint written by train.py, in eval mode, and the whole checkpoint. Raises UserError."""
+    """The model of a checkpoint written by train.py or prune.py, in eval mode, and the whole checkpoint. Raises UserError.
+
+    No memory is taken for a model before its weights are known to be there.
+    """
     checkpoint = runtime.load_checkpoint(path)
-    if missing := [name for name in ("config", "model", "settings", "mean", "std") if name not in checkpoint]:
-        raise UserError(f"{path}: lacks {', '.join(missing)}; expected a checkpoint written by train.py")
+    for name, kind in {"config": dict, "model": dict, "settings": dict, "mean": dict, "std": dict}.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path}: lacks {name}; expected a checkpoint written by train.py")
+    state = checkpoint["model"]
     try:
-        model = build_model(GraFTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
+        with torch.device("meta"):
+            model = build_model(GraFTConfig(**checkpoint["config"]))
+        for name, weight in model.state_dict().items():
+            if not isinstance(state.get(name), Tensor) or state[name].shape != weight.shape:
+                found = tuple(state[name].shape) if isinstance(state.get(name), Tensor) else "nothing"
+                raise ValueError(f"{name}: {found}, expected {tuple(weight.shape)}")
+        model = model.to_empty(device="cpu")
+        model.load_state_dict(state)
+        for name in ("mean", "std"):
+            torch.tensor([checkpoint[name][modality] for modality in model.config.modalities]).view(-1, 3)
+    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its weights and its configuration do not fit this version's model ({reason})") from None
     return model.eval(), checkpoint

@@ -3,7 +3,7 @@
 Shapes: B samples, M modalities, N tokens a modality, D width, L fusion tokens, C identities, H heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -215,6 +215,18 @@ class GraFTConfig:
     bnneck_features: bool = False  # tested is what leaves the BNNeck; the paper: what enters it
     fusion: str = "graft"  # or a baseline, see FUSIONS
     blocks: tuple[tuple[int, int], ...] = ()  # of a pruned backbone: heads and MLP channels of each block
+
+    def __post_init__(self):
+        """Raises UserError for what no model has, since a configuration may come from a stranger's file."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not type(field.default):
+                raise UserError(f"{field.name} {value!r}: expected a {type(field.default).__name__}")
+            if type(value) is int and not 0 <= value < 2**20:
+                raise UserError(f"{field.name} {value}: expected a number from 0 to a million")
+        many = max(self.depth, self.fusion_tokens, len(self.modalities), len(self.blocks))
+        if many > 1000:
+            raise UserError(f"{many} blocks, fusion tokens or modalities: expected at most 1000")
 
 
 BACKBONES = {

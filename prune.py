@@ -175,7 +175,7 @@ def finetune(run: train.Run, number: int, stage: train.Stage, keep: int, structu
     else:
         mask(run.model, keep)
     if stage.epochs:
-        train.train_stage(run, number, stage, save=False)
+        train.train_stage(run, number, stage, train.Progress())
     if not structured:
         make_permanent(run.model)
 
@@ -299,6 +299,7 @@ def main() -> None:
     if dataset.train.pids.unique().tolist() != checkpoint["pids"]:
         raise UserError(f"{settings.data_root}: its training identities are not those {args.checkpoint} was trained on")
     run = train.open_run(settings, device, dataset, validation, model)
+    run.saves = False  # a round is saved when it is over
     stage = settings.stages[1]
     changes = {"epochs": args.finetune_epochs, "epoch_steps": args.epoch_steps, "lr": args.lr or stage.lr}
     stage = replace(stage, frozen=False, **changes)

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -22,8 +23,16 @@ class UserError(ValueError):
     """A user's mistake: says what was found, where, what was expected and what to do. Printed as it is, exit code 2."""
 
 
+class Stopped(Exception):
+    """A signal was obeyed: `message` says where that left things; exit code 128 + the signal's number."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.code = 128 + number
+
+
 def program(main):
-    """Decorate a program's `main`: one line and exit code 2 for a UserError, exit code 130 for Ctrl-C."""
+    """Decorate a program's `main`: one line and exit code 2 for a UserError; exit code 130 for Ctrl-C, 143 for SIGTERM."""
 
     @functools.wraps(main)
     def guarded(*args):
@@ -33,6 +42,9 @@ def program(main):
         except UserError as error:  # a DataLoader's worker hands it over with its traceback in front
             print(f"error: {str(error).rpartition('runtime.UserError: ')[2].strip()}", file=sys.stderr)
             code = 2
+        except Stopped as stopped:
+            print0(stopped, file=sys.stderr)
+            code = stopped.code
         except KeyboardInterrupt:
             print("interrupted: what was saved before stays", file=sys.stderr)
             code = 130
@@ -46,8 +58,14 @@ def program(main):
 # --- device and process group
 
 
-def start(device: str = "auto") -> torch.device:
-    """Join torchrun's process group, if there is one, and return this rank's device: cuda, mps or cpu."""
+def start(device: str = "auto", deterministic: bool = False) -> torch.device:
+    """Join torchrun's process group, if there is one, and return this rank's device: cuda, mps or cpu.
+
+    `deterministic` makes a GPU add up in the same order every time (slower); CPUs do anyway.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -75,10 +93,31 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(*args) -> None:
+def print0(*args, file=None) -> None:
     """print, by rank 0 only."""
     if rank() == 0:
-        print(*args, flush=True)
+        print(*args, flush=True, file=file)
+
+
+@contextmanager
+def deferred_signals():
+    """Ctrl-C and SIGTERM in the block are noted only; yields a function that returns the noted signal's number, or 0.
+
+    A second Ctrl-C ends the program at once, except under torchrun, which hands each on more than once.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if noted and number == signal.SIGINT and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: noted[0] if noted else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -146,6 +185,9 @@ def write_atomically(path: Path, write) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, outlives a power failure
+        os.close(folder)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -164,8 +206,13 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint, e.g. runs/NAME/last.pt")
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-            raise UserError(f"{path}: damaged (its record {damaged} has a wrong checksum); use another copy")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as records:
+                sizes = sum(record.file_size for record in records.infolist())
+                if sizes > path.stat().st_size or any(record.compress_type for record in records.infolist()):
+                    raise UserError(f"{path}: its records claim {sizes} bytes; expected a file as torch.save writes it")
+                if damaged := records.testzip():
+                    raise UserError(f"{path}: damaged (its record {damaged} has a wrong checksum); use another copy")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -206,10 +253,19 @@ def write_json(path: str | Path, content: dict) -> None:
 
 
 class RunLog:
-    """Appends one JSON object a line to `path`, with the seconds since the log was opened; by rank 0 only."""
+    """Appends one JSON object a line to `path`, with the seconds since the log was opened; by rank 0 only.
 
-    def __init__(self, path: Path):
+    Of what the file held before, the first `keep` bytes stay.
+    """
+
+    def __init__(self, path: Path, keep: int = 0):
         self.path, self.start = path, time.perf_counter()
+        if rank() == 0 and path.exists():
+            os.truncate(path, min(keep, path.stat().st_size))
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def write(self, event: str, **values) -> None:
         if rank() == 0:

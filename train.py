@@ -6,10 +6,12 @@ torchrun --nproc_per_node=8 train.py --dataset rgbnt100 --data-root DIR    the p
 
 import argparse
 import math
+import os
 import platform
+import signal
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,16 @@ class TrainingStep(nn.Module):
 
 
 @dataclass
+class Progress:
+    """Where a run is: what is done of which stage, and what the unfinished epoch's losses come to so far."""
+
+    stage: int = 1
+    epoch: int = 0  # whole ones
+    step: int = 0  # of the next epoch
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Run:
     """What every stage works on."""
 
@@ -148,6 +160,7 @@ class Run:
     model: MultiModalModel
     criterion: GraFTLoss
     log: runtime.RunLog
+    saves: bool = True
 
     @property
     def pids(self) -> Tensor:
@@ -157,15 +170,15 @@ class Run:
     def labels(self, pids: Tensor) -> Tensor:
         return torch.searchsorted(self.pids, pids)
 
-    def save(self, optimizer: torch.optim.Optimizer, stage: int, epoch: int) -> None:
+    def save(self, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write OUT/last.pt: everything that evaluation, or going on, needs. Draws depend on (seed, epoch, step) alone."""
-        if runtime.rank() == 0:
+        if runtime.rank() == 0 and self.saves:
             checkpoint = {
                 **self.about(),
                 "model": self.model.state_dict(),
                 "criterion": self.criterion.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "progress": {"stage": stage, "epoch": epoch},
+                "progress": {**asdict(progress), "log": self.log.size},
             }
             runtime.save_checkpoint(self.args.out / "last.pt", checkpoint)
 
@@ -195,15 +208,13 @@ def make_optimizer(model: MultiModalModel, criterion: GraFTLoss, stage: Stage, c
     return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay, fused=fused)
 
 
-def train_stage(
-    run: Run, number: int, stage: Stage, done: int = 0, optimizer_state: dict | None = None, save: bool = True
-) -> None:
-    """Train one stage, from epoch `done` on; saves a checkpoint after each epoch, if asked to."""
+def train_stage(run: Run, number: int, stage: Stage, progress: Progress, optimizer_state: dict | None = None) -> None:
+    """Train one stage, from `progress` on; saves a checkpoint after each epoch."""
     args, model, criterion = run.args, run.model, run.criterion
     model.train()
     model.freeze_backbone(stage.frozen)
     criterion.weights(args.alpha, stage.beta, args.gamma, stage.label_smoothing)
-    if stage.beta and not done:
+    if stage.beta and not optimizer_state:
         features = evaluate.embed(model, run.dataset.train, run.dataset.mean, run.dataset.std, run.device, args.precision)
         criterion.center.start_at_means(features, run.labels(run.dataset.train.pids))
     step = TrainingStep(model, criterion, run.device, args.precision)
@@ -212,7 +223,10 @@ def train_stage(
         step = DistributedDataParallel(step, gradient_as_bucket_view=True, find_unused_parameters=unused)
     optimizer = make_optimizer(model, criterion, stage, args.center_lr)
     if optimizer_state:
+        fresh = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(optimizer_state)
+        for group, options in zip(optimizer.param_groups, fresh, strict=True):
+            group.update(options)  # this run's settings, not the stored ones
     batches = SAMPLING[args.sampling](run.dataset.train.pids, args.batch_size, args.positives, args.seed)
     if len(batches) < args.accumulate:
         raise UserError(f"--accumulate {args.accumulate}: an epoch has only {len(batches)} batches")
@@ -220,54 +234,88 @@ def train_stage(
     runtime.print0(
         f"stage {number}: {steps_per_epoch(args, stage, batches)} steps an epoch, {trainable / 1e6:.2f} M parameters train"
     )
-    for epoch in range(done, stage.epochs):
-        losses = train_epoch(run, number, stage, epoch, step, optimizer, batches)
-        if save:
-            run.save(optimizer, number, epoch + 1)
-        record = {"stage": number, "epoch": epoch + 1, **losses}
+    progress.stage = number
+    while progress.epoch < stage.epochs:
+        losses = train_epoch(run, stage, progress, step, optimizer, batches)
+        progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
+        record = {"stage": number, "epoch": progress.epoch, **losses}
         if run.validation:
             record["validation"] = run.evaluate(*run.validation)
         run.log.write("epoch", **record)
+        run.save(optimizer, progress)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
         shown += f"  validation mAP {100 * record['validation']['mAP']:.1f}" if run.validation else ""
-        runtime.print0(f"stage {number} epoch {epoch + 1}/{stage.epochs}  {shown}")
+        runtime.print0(f"stage {number} epoch {progress.epoch}/{stage.epochs}  {shown}")
 
 
 def steps_per_epoch(args: argparse.Namespace, stage: Stage, batches: data.TripletBatches) -> int:
     return min(len(batches) // args.accumulate, stage.epoch_steps or len(batches))
 
 
-def train_epoch(run: Run, number: int, stage: Stage, epoch: int, step, optimizer, batches: data.TripletBatches) -> dict:
-    """One epoch; returns the mean losses, the last learning rate and triplets a second, of all ranks."""
-    args = run.args
+def train_epoch(run: Run, stage: Stage, progress: Progress, step, optimizer, batches: data.TripletBatches) -> dict:
+    """One epoch, or what is left of it; returns the mean losses, the last learning rate and triplets a second, of all ranks.
+
+    Raises UserError where a loss or gradient is not finite, before it touches a weight, and Stopped on a signal, when the
+    step is finished and saved.
+    """
+    args, number, epoch = run.args, progress.stage, progress.epoch
     batches.epoch = 1000 * number + epoch  # the stages draw different triplets
-    reader = iter(data.loader(run.dataset.train, batches, args.workers, run.device))
-    num_steps = steps_per_epoch(args, stage, batches)
-    sums: dict[str, Tensor] = {}
+    first, num_steps = progress.step, steps_per_epoch(args, stage, batches)
+    order = list(batches)[first * args.accumulate : num_steps * args.accumulate]
+    reader = iter(data.loader(run.dataset.train, order, args.workers, run.device))
     start = time.perf_counter()
-    shown = None if runtime.rank() == 0 else True  # None: where it is a terminal
-    for i in tqdm(range(num_steps), f"stage {number} epoch {epoch + 1}", disable=shown, leave=False):
-        factor = SCHEDULES[stage.schedule](epoch * num_steps + i, stage.epochs * num_steps, args.warmup_steps)
-        optimizer.param_groups[0]["lr"] = stage.lr * factor
-        for part in range(args.accumulate):
-            images, labels = prepare(run, next(reader), (args.seed, number, epoch, i, part))
-            last = part == args.accumulate - 1
-            with nullcontext() if last or runtime.world_size() == 1 else step.no_sync():
-                losses = step(images, labels)
-                (losses["loss"] / args.accumulate).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-        optimizer.step()
-        optimizer.zero_grad()
+    hidden = None if runtime.rank() == 0 else True  # None: unless it is a terminal
+    steps = tqdm(range(first, num_steps), f"stage {number} epoch {epoch + 1}", num_steps, False, initial=first, disable=hidden)
+    with runtime.deferred_signals() as signalled:
+        for i in steps:
+            factor = SCHEDULES[stage.schedule](epoch * num_steps + i, stage.epochs * num_steps, args.warmup_steps)
+            optimizer.param_groups[0]["lr"] = stage.lr * factor
+            sums: dict[str, Tensor] = {}
+            for part in range(args.accumulate):
+                images, labels = prepare(run, next(reader), (args.seed, number, epoch, i, part))
+                last = part == args.accumulate - 1
+                with nullcontext() if last or runtime.world_size() == 1 else step.no_sync():
+                    losses = step(images, labels)
+                    (losses["loss"] / args.accumulate).backward()
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0) + value.detach()
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            stop = norm.new_tensor(float(signalled() > 0))
+            *values, bad, stop = runtime.all_sum(torch.stack([*sums.values(), 1.0 - norm.isfinite().float(), stop])).tolist()
+            if bad:
+                places = order[(i - first) * args.accumulate : (i + 1 - first) * args.accumulate]
+                raise not_finite(run, progress, i, sums, [place for batch in places for place in batch])
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step = i + 1
+            progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in zip(sums, values, strict=True)}
+            if stop or (args.checkpoint_every and progress.step % args.checkpoint_every == 0 and progress.step < num_steps):
+                run.save(optimizer, progress)
+            if stop:
+                place = f"stage {number}, epoch {epoch + 1}, step {progress.step} of {num_steps}"
+                raise runtime.Stopped(
+                    signalled() or signal.SIGTERM, f"stopped after {place}: go on with --resume --out {args.out}"
+                )
     seconds = time.perf_counter() - start
-    parts = num_steps * args.accumulate
-    means = runtime.all_sum(torch.stack(list(sums.values()))) / (parts * runtime.world_size())
-    rate = parts * args.batch_size * runtime.world_size() / seconds
+    triplets = args.accumulate * args.batch_size * runtime.world_size()
     return {
-        **dict(zip(sums, means.tolist(), strict=True)),
+        **{name: value / (num_steps * args.accumulate * runtime.world_size()) for name, value in progress.sums.items()},
         "lr": optimizer.param_groups[0]["lr"],
-        "triplets_per_second": round(rate, 1),
+        "triplets_per_second": round((num_steps - first) * triplets / seconds, 1),
     }
+
+
+def not_finite(run: Run, progress: Progress, step: int, sums: dict[str, Tensor], samples: list[int]) -> UserError:
+    """What to say of a step whose loss or gradient is not finite; all the batch's file names go into the log."""
+    names = [run.dataset.train.samples[i].name for i in samples]
+    losses = {name: float(value) for name, value in sums.items()}
+    run.log.write("not finite", stage=progress.stage, epoch=progress.epoch + 1, step=step + 1, losses=str(losses), batch=names)
+    return UserError(
+        f"stage {progress.stage}, epoch {progress.epoch + 1}, step {step + 1}: loss or gradient is not finite; losses {losses};"
+        f" samples {', '.join(names)}; the weights are untouched and {run.args.out}/last.pt, if there, is good: look at the"
+        " samples, lower --lr, or try --precision fp32"
+    )
 
 
 def prepare(run: Run, batch: tuple, key: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
@@ -355,6 +403,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="default: runs/DATASET")
     group.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, if it is there")
+    group.add_argument("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: after each epoch alone")
+    group.add_argument("--deterministic", action="store_true", help="on GPUs, too: slower")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     group.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     group.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where hardware has it")
@@ -376,6 +426,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.image_size = tuple(args.image_size)
     args.out = args.out or Path("runs") / args.dataset
     least = {"batch_size": 1, "accumulate": 1, "positives": 1, "fusion_tokens": 1, "workers": 0, "val_ids": 0}
+    least["checkpoint_every"] = 0
     for name, low in least.items():
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
@@ -394,7 +445,8 @@ def settings(args: argparse.Namespace) -> dict:
 def refuse_occupied(args: argparse.Namespace) -> Path:
     """OUT/last.pt, which may be there only where `--resume` was given."""
     last = args.out / "last.pt"
-    if last.exists() and not args.resume:
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
+    if last.exists() and not args.resume and not restarted:
         raise UserError(f"{args.out}: holds a run already; choose another --out, or --resume to go on with it")
     return last
 
@@ -408,8 +460,8 @@ def load_data(args: argparse.Namespace) -> tuple[data.Dataset, tuple[data.Split,
     return replace(dataset, train=train), validation
 
 
-def open_run(args: argparse.Namespace, device: torch.device, dataset, validation, model: MultiModalModel) -> Run:
-    """Losses, the folder OUT and its log for a model and its data."""
+def open_run(args: argparse.Namespace, device: torch.device, dataset, validation, model: MultiModalModel, log=0) -> Run:
+    """Losses, the folder OUT and its log, of which the first `log` bytes stay, for a model and its data."""
     scheme = args.triplet, not args.plain_distance, not args.center_norm
     criterion = GraFTLoss(model.config.num_ids, model.width, *scheme)
     if runtime.rank() == 0:
@@ -418,14 +470,14 @@ def open_run(args: argparse.Namespace, device: torch.device, dataset, validation
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be made ({error.strerror})") from None
         runtime.write_json(args.out / "config.json", settings(args))
-    log = runtime.RunLog(args.out / "log.jsonl")
-    return Run(args, device, dataset, validation, model.to(device), criterion.to(device), log)
+    run_log = runtime.RunLog(args.out / "log.jsonl", log)
+    return Run(args, device, dataset, validation, model.to(device), criterion.to(device), run_log)
 
 
 def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     """Data, model and losses as `args` say, and the checkpoint to go on from, if any."""
     last = refuse_occupied(args)
-    device = runtime.start(args.device)
+    device = runtime.start(args.device, args.deterministic)
     torch.manual_seed(args.seed)
     dataset, validation = load_data(args)
     args.modalities = dataset.modalities
@@ -438,16 +490,35 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     model = build_model(config)
     checkpoint = runtime.load_checkpoint(last) if last.exists() else None
     if checkpoint:
+        check_resumable(checkpoint, args, model.config, dataset)
         model.load_state_dict(checkpoint["model"])
     elif args.backbone_weights != "none":
         dropped = load_backbone(model, args.backbone_weights)
         runtime.print0(f"backbone from {args.backbone_weights}; left out: {', '.join(dropped) or 'nothing'}")
     for backbone in model.backbones:
         backbone.checkpointing = args.checkpointing
-    run = open_run(args, device, dataset, validation, model)
+    run = open_run(args, device, dataset, validation, model, checkpoint["progress"]["log"] if checkpoint else 0)
     if checkpoint:
         run.criterion.load_state_dict(checkpoint["criterion"])
     return run, checkpoint
+
+
+def check_resumable(checkpoint: dict, args: argparse.Namespace, config: GraFTConfig, dataset: data.Dataset) -> None:
+    """Print which settings differ from the checkpoint's; raises UserError for those that it cannot go on with."""
+    if lacking := [
+        name for name in ("config", "model", "criterion", "optimizer", "progress", "pids") if name not in checkpoint
+    ]:
+        raise UserError(f"{args.out}/last.pt: lacks {', '.join(lacking)}; expected a checkpoint written by train.py")
+    ours, theirs = asdict(config), checkpoint["config"]
+    if changed := [name for name in ours if ours[name] != theirs.get(name)]:
+        name = changed[0]
+        raise UserError(f"{args.out}: its model has {name} {theirs.get(name)}, not {ours[name]}; choose another --out")
+    if checkpoint["pids"] != dataset.train.pids.unique().tolist():
+        raise UserError(f"{args.out}: was trained on other identities than those in {args.data_root}; choose another --out")
+    old, new = checkpoint["settings"], settings(args)
+    for name in sorted(new.keys() - {"resume", "stages"}):
+        if name in old and old[name] != new[name]:
+            runtime.print0(f"resumed with another --{name.replace('_', '-')}: {new[name]}, not {old[name]}")
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -464,11 +535,15 @@ def train(args: argparse.Namespace) -> dict:
         f" {run.model.num_parameters() / 1e6:.2f} M parameters"
     )
     run.log.write("start", settings=settings(args), versions=versions)
-    progress = checkpoint["progress"] if checkpoint else {"stage": 1, "epoch": 0}
-    for number, stage in enumerate(args.stages, 1):
-        resumed = checkpoint is not None and number == progress["stage"]
-        if stage.epochs and number >= progress["stage"] and not (resumed and progress["epoch"] >= stage.epochs):
-            train_stage(run, number, stage, *((progress["epoch"], checkpoint["optimizer"]) if resumed else ()))
+    progress, optimizer_state = Progress(), None
+    if checkpoint:
+        progress = Progress(**{name: value for name, value in checkpoint["progress"].items() if name != "log"})
+        optimizer_state = checkpoint["optimizer"]
+    for number, stage in enumerate(args.stages[progress.stage - 1 :], progress.stage):
+        if number > progress.stage:
+            progress, optimizer_state = Progress(number), None
+        if progress.epoch < stage.epochs:
+            train_stage(run, number, stage, progress, optimizer_state)
     metrics = run.evaluate(run.dataset.query, run.dataset.gallery)
     run.log.write("test", **metrics)
     if runtime.rank() == 0:

@@ -126,7 +126,7 @@ def test_checkpoints_that_are_none(tmp_path):
     torch.save([1, 2], path)
     refused("holds a list")
     torch.save({"model": {}}, path)
-    refused("lacks config, settings")
+    refused("lacks config")
     good = {"config": {"modalities": ("rgb",), "dim": 32, "heads": 2}, "model": {}, "settings": {}, "mean": {}, "std": {}}
     torch.save(good, path)
     refused("do not fit")

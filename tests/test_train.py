@@ -125,9 +125,9 @@ def test_same_seed_same_run_and_resuming_changes_nothing(trained, tiny_data, tmp
     out = tmp_path / "run"
     save = train.Run.save
 
-    def save_then_stop(self, optimizer, stage, epoch):
-        save(self, optimizer, stage, epoch)
-        if (stage, epoch) == (2, 1):
+    def save_then_stop(self, optimizer, progress):
+        save(self, optimizer, progress)
+        if (progress.stage, progress.epoch) == (2, 1):
             raise KeyboardInterrupt
 
     arguments = [str(argument) for argument in tiny_arguments(tiny_data, out)]
