@@ -363,15 +363,15 @@ def _index(
     for folder, held in folders.items():
         for path in sorted(base.glob(layout.pattern.format(split=layout.splits[i], modality=folder))):
             if path.suffix.lower() in SUFFIXES:
+                if (path.is_symlink() or path.parent not in inside) and not path.resolve().is_relative_to(real):
+                    wrong.append(f"{path}: leads to {path.resolve()}, out of the data set; put a copy in its place")
+                    continue
+                inside.add(path.parent)
                 places = path.relative_to(base).with_suffix("").parts
                 images = files.setdefault("/".join(places[star] for star in stars), {})
                 if held[0] in images:
                     wrong.append(f"{path}: the same sample as {images[held[0]][0].name}; remove one of them")
                     continue
-                if (path.is_symlink() or path.parent not in inside) and not path.resolve().is_relative_to(real):
-                    wrong.append(f"{path}: leads to {path.resolve()}, out of the data set; put a copy in its place")
-                    continue
-                inside.add(path.parent)
                 images |= {modality: (path, found.index(modality) if mosaic else None) for modality in held}
     if layout.query_names and SPLITS[i] == "query":
         names = {path.stem for path in (base / layout.query_names).glob("*")}

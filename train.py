@@ -478,6 +478,8 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     """Data, model and losses as `args` say, and the checkpoint to go on from, if any."""
     last = refuse_occupied(args)
     device = runtime.start(args.device, args.deterministic)
+    if args.batch_size * runtime.world_size() == 1 and args.cross_entropy == "anchors":
+        raise UserError("--batch-size 1: BatchNorm cannot train on one anchor; expected at least 2")
     torch.manual_seed(args.seed)
     dataset, validation = load_data(args)
     args.modalities = dataset.modalities
