@@ -67,6 +67,7 @@ class Facts:
 
 _MARKET = ("bounding_box_train", "query", "bounding_box_test")
 _RGBNT100 = Layout("rgbir/{split}/*", _MARKET)
+_FOLDERS = ("vis", "ni", "th")
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DATASETS = {
@@ -88,6 +89,26 @@ DATASETS = {
         counts=(25200, 4985, 24925),
         mean={"rgb": (0.299, 0.294, 0.290), "nir": (0.371,) * 3},  # published code
         std={"rgb": (0.195, 0.195, 0.185), "nir": (0.181,) * 3},
+    ),
+    "rgbnt201": Facts(
+        (Layout("{split}/{modality}/*", ("train_171", "test", "test"), ("RGB", "NI", "TI")),),
+        ("rgb", "nir", "tir"),
+        name=r"(?:^|/)(?P<pid>\d{6})_cam(?P<key>\d)[^/]*$",
+        counts=(3951, 836, 836),
+        mean={"rgb": (0.272, 0.269, 0.272), "nir": (0.339,) * 3, "tir": (0.759, 0.325, 0.318)},  # published code
+        std={"rgb": (0.174, 0.175, 0.167), "nir": (0.168,) * 3, "tir": (0.255, 0.258, 0.213)},
+    ),
+    "msvr310": Facts(
+        (Layout("{split}/*/{modality}/*", ("bounding_box_train", "query3", "bounding_box_test"), _FOLDERS),),
+        ("rgb", "nir", "tir"),
+        name=r"/(?P<pid>\d{4})_s(?P<key>\d{3})_[^/]*$",  # the key is the scene
+        first_key=0,
+        counts=(1032, 591, 1055),
+    ),
+    "wmveid863": Facts(
+        (Layout("{split}/*/{modality}/*", ("train", "query", "test"), _FOLDERS),),
+        ("rgb", "nir", "tir"),
+        name=r"(?:^|/)(?P<pid>\d+)/v(?P<key>\d)[^/]*$",
     ),
     "folder": Facts((Layout("{split}/{modality}/*", SPLITS),)),
 }
@@ -225,7 +246,7 @@ def load_dataset(
     """Find the files of a data set; `root` is its folder or the parent of it. "synthetic" is rendered where it is absent.
 
     `modalities` keeps those alone, `image_size` (height, width) resizes. Training samples that lack a modality are left
-    out with a warning, query and gallery samples stay. Raises UserError, with the trees expected, where nothing matches.
+    out, query and gallery samples stay; both with a warning. Raises UserError, with the trees expected, where nothing matches.
     """
     base, layout, facts, found, chosen = _open(name, Path(root), modalities)
     splits, wrong = {}, []
@@ -234,8 +255,7 @@ def load_dataset(
         if wrong:
             more = f"; and {len(wrong) - 1} more, python data.py --check lists all" if len(wrong) > 1 else ""
             raise UserError(wrong[0] + more)
-        if split == "train":
-            samples = _complete(samples, chosen)
+        samples = _complete(samples, split, chosen)
         if not samples:
             raise UserError(f"{base}: no usable images in split {split}; expected files at {layout.tree()}")
         splits[split] = Split(samples, chosen, image_size)
@@ -386,15 +406,14 @@ def _index(
     return samples
 
 
-def _complete(samples: list[Sample], modalities: tuple[str, ...]) -> list[Sample]:
+def _complete(samples: list[Sample], split: str, modalities: tuple[str, ...]) -> list[Sample]:
+    """All samples of query and gallery, those with all modalities of train; says how many lack one."""
     lacking = [sample for sample in samples if len(sample.images) < len(modalities)]
     if lacking:
-        named = ", ".join(sample.name for sample in lacking[:3])
-        _warn(
-            f"{len(lacking)} of {len(samples)} training samples lack a modality and are left out: {named}"
-            + (", ..." if len(lacking) > 3 else "")
-        )
-    return [sample for sample in samples if len(sample.images) == len(modalities)]
+        named = ", ".join(sample.name for sample in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        then = "are left out" if split == "train" else "stay, with what they have"
+        _warn(f"{len(lacking)} of {len(samples)} {split} samples lack a modality and {then}: {named}")
+    return [sample for sample in samples if split != "train" or len(sample.images) == len(modalities)]
 
 
 def hold_out(train: Split, num_ids: int) -> tuple[Split, Split, Split]:

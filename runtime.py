@@ -276,5 +276,8 @@ class RunLog:
     def write(self, event: str, **values) -> None:
         if rank() == 0:
             line = {"event": event, "seconds": round(time.perf_counter() - self.start, 2), **values}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None

@@ -101,6 +101,37 @@ def test_rgbn300_mosaics_of_two_or_three_tiles(tmp_path, colours):
     assert_tiles(dataset.query[0][0], (128, 256), rgb=COLOURS["rgb"], nir=COLOURS["nir"])
 
 
+OTHERS = {  # file of a modality's first, second and third folder; of train, query and gallery; pid and key
+    "rgbnt201": ("{split}/{modality}/{name}.jpg", ("RGB", "NI", "TI"), [
+        ("train_171", "000009_cam3_1_00", 9, 2), ("test", "000258_cam1_0_00", 258, 0), ("test", "000258_cam1_0_00", 258, 0),
+    ]),
+    "msvr310": ("{split}/{name:.4}/{modality}/{name}.jpg", ("vis", "ni", "th"), [
+        ("bounding_box_train", "0001_s002_v4_002", 1, 2), ("query3", "0002_s013_v1_002", 2, 13),
+        ("bounding_box_test", "0002_s002_v0_000", 2, 2),
+    ]),
+    "wmveid863": ("{split}/{pid:04}/{modality}/{name}.jpg", ("vis", "ni", "th"), [
+        ("train", "v1_n1_s999_011", 471, 0), ("query", "v2_n0_s101_001", 472, 1), ("test", "v3_n0_s101_002", 472, 2),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_benchmarks(tmp_path, capsys, name):
+    pattern, folders, samples = OTHERS[name]
+    for split, stem, pid, _ in samples:
+        for modality, colour in zip(folders, TILES, strict=True):
+            save(tmp_path / pattern.format(split=split, modality=modality, name=stem, pid=pid), colour)
+    dataset = data.load_dataset(name, tmp_path, image_size=(16, 32))
+    for split, (_, _, pid, key) in zip((dataset.train, dataset.query, dataset.gallery), samples, strict=True):
+        assert len(split) == 1
+        assert_tiles(split[0][0], (16, 32), **COLOURS)
+        assert split[0][1:] == (pid, key)
+    split, stem, pid, _ = samples[1]  # a sensor failed
+    (tmp_path / pattern.format(split=split, modality=folders[2], name=stem, pid=pid)).unlink()
+    assert list(data.load_dataset(name, tmp_path).query[0][0]) == ["rgb", "nir"]
+    assert "1 of 1 query samples lack a modality and stay, with what they have" in capsys.readouterr().err
+
+
 def test_chosen_modalities_alone_are_read(tmp_path):
     write_rgbnt100(tmp_path)
     dataset = data.load_dataset("rgbnt100", tmp_path, ("tir", "rgb"))
@@ -127,8 +158,9 @@ def test_lacking_modality_drops_training_samples_only(tmp_path, capsys):
         (tmp_path / split / "nir/1_c2_0.png").unlink()
     dataset = data.load_dataset("folder", tmp_path)
     assert [sample.name for sample in dataset.train.samples] == ["1_c1_0", "2_c1_0"]
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: 1 of 3 training samples") and "1_c2_0" in warning
+    warning, *others = capsys.readouterr().err.splitlines()
+    assert warning == "warning: 1 of 3 train samples lack a modality and are left out: 1_c2_0"
+    assert len(others) == 2 and all("1 of 3" in other and "stay" in other for other in others)
     for split in (dataset.query, dataset.gallery):
         assert len(split) == 3
         assert_tiles(split[1][0], (16, 32), rgb=COLOURS["rgb"])
