@@ -166,6 +166,14 @@ class SelfAttention(nn.Module):
         x = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
+    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """How much each query looks at each token: (B, H, queries, N), rows add up to 1."""
+        D = tokens.shape[-1]
+        q = F.linear(queries, self.in_proj_weight[:D], self.in_proj_bias[:D])
+        k = F.linear(tokens, self.in_proj_weight[D : 2 * D], self.in_proj_bias[D : 2 * D])
+        q, k = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k))  # (B, H, N, D/H)
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+
 
 class ModalityEncoder(nn.Module):
     """One torch.nn.TransformerEncoderLayer (post-norm, ReLU), its parameter names and maths. (B, N, D) -> (B, N, D).
@@ -351,6 +359,20 @@ class GraFT(SharedBackboneModel):
             fusion.append(z_f)
             data.append(z_d)
         return Embeddings(torch.stack(fusion).mean(0), torch.stack(data).mean(0))  # Eq. (6), (12)
+
+    @torch.no_grad()
+    def attention(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where the fusion tokens look in each modality's encoder (Fig. 4): weights of the patches, (B, rows, columns).
+
+        Means over heads and fusion tokens; with what goes to the fusion, CLS and distillation tokens they add up to 1.
+        """
+        tokens, L = self.extract(images), self.config.fusion_tokens
+        result = {}
+        for i, modality in enumerate(images):
+            fusion = self.fusion_token.expand(len(tokens), -1, -1)
+            weights = self.encoders[modality].self_attn.weights(fusion, torch.cat([fusion, tokens[:, i]], 1)).mean((1, 2))
+            result[modality] = weights[:, L + self.backbone.prefix_tokens :].unflatten(1, self.backbone.grid)
+        return result
 
 
 # --- baselines (Tables 1, 2, 5; section 1). Their embedding is data and fusion token in one, so they are trained with FFF.

@@ -2,8 +2,10 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -60,6 +62,51 @@ def test_ranking_by_hand():
     # the first is the query's own camera; then a wrong one, then both matches
     assert metrics.mAP == pytest.approx((1 / 2 + 2 / 3) / 2) and metrics.mINP == pytest.approx(2 / 3)
     assert metrics.cmc[:3].tolist() == [0, 1, 1] and metrics.num_valid == 1
+
+
+def rerank_plainly(query, gallery, k1, k2, weight) -> np.ndarray:
+    """Zhong et al. 2017, sets and dense matrices, in double precision."""
+    x = F.normalize(torch.cat([query, gallery])).numpy().astype(np.float64)
+    distance = 2 - 2 * x @ x.T
+    distance = (distance / distance.max(0)).T
+    ranks = distance.argsort(1)
+
+    def reciprocal(i, k):
+        near = ranks[i, : k + 1]
+        return near[[i in ranks[j, : k + 1] for j in near]]
+
+    V = np.zeros_like(distance)
+    for i in range(len(x)):
+        own = near = reciprocal(i, k1)
+        for j in own:
+            theirs = reciprocal(j, round(k1 / 2))
+            if len(np.intersect1d(theirs, own)) > 2 / 3 * len(theirs):
+                near = np.union1d(near, theirs)
+        V[i, near] = np.exp(-distance[i, near]) / np.exp(-distance[i, near]).sum()
+    V = V[ranks[:, :k2]].mean(1)
+    shared = np.minimum(V[: len(query), None], V[None, len(query) :]).sum(2)
+    return weight * distance[: len(query), len(query) :] + (1 - weight) * (1 - shared / (2 - shared))
+
+
+@pytest.mark.parametrize(("k1", "k2", "weight"), [(20, 6, 0.3), (20, 1, 0.3), (5, 3, 0.0), (7, 2, 0.5), (3, 1, 0.9)])
+def test_reranking_equals_the_plain_algorithm(k1, k2, weight):
+    torch.manual_seed(k1 + k2)
+    pids = torch.randint(12, (95,))
+    features = torch.randn(12, 8)[pids] + 0.5 * torch.randn(95, 8)
+    expected = -rerank_plainly(features[:15], features[15:], k1, k2, weight)
+    for block in (2**24, 300):
+        similarities = evaluate.rerank(features[:15], features[15:], k1, k2, weight, block)
+        found = torch.cat([similarities(0, 7), similarities(7, 15)])
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+
+def test_ap_of_each_query_and_ranking_by_given_similarities():
+    query, gallery = torch.eye(2), torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    ids = torch.tensor([1, 9]), torch.tensor([2, 1, 1]), torch.tensor([0, 0]), torch.tensor([1, 1, 1])
+    metrics = rank_metrics(query, gallery, *ids)
+    assert metrics.ap[0].item() == pytest.approx((1 / 2 + 2 / 3) / 2) and metrics.ap[1].isnan()
+    backwards = rank_metrics(query, gallery, *ids, similarities=lambda start, end: -(query[start:end] @ gallery.T))
+    assert backwards.mAP == pytest.approx(1.0) and metrics.mAP == pytest.approx(metrics.ap[0].item())
 
 
 def test_a_collapsed_model_scores_lowest():

@@ -76,6 +76,28 @@ def test_encoder_equals_torch():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_attention_is_torchs():
+    torch.manual_seed(0)
+    ours = ModalityEncoder(32, 4, 64).eval()
+    torchs = nn.MultiheadAttention(32, 4, batch_first=True)
+    torchs.load_state_dict(ours.self_attn.state_dict())
+    tokens = torch.randn(2, 9, 32)
+    _, expected = torchs(tokens[:, :2], tokens, tokens, average_attn_weights=False)
+    torch.testing.assert_close(ours.self_attn.weights(tokens[:, :2], tokens), expected)
+
+
+def test_attention_maps_lie_on_the_patches():
+    config = GraFTConfig(image_size=(32, 64), dim=32, depth=1, heads=2, encoder_heads=2, encoder_hidden=32, fusion_tokens=2)
+    model = build_model(config).eval()
+    images = {m: torch.randn(3, 3, 32, 64) for m in ("rgb", "tir")}
+    with torch.no_grad():  # all keys alike: each of 2 + 2 + 8 tokens gets the same
+        for encoder in model.encoders.values():
+            encoder.self_attn.in_proj_weight[32:64] = 0
+    maps = model.attention(images)
+    assert list(maps) == ["rgb", "tir"]
+    torch.testing.assert_close(maps["tir"], torch.full((3, 2, 4), 1 / 12))
+
+
 def test_encoder_starts_as_torchs_does():
     torch.manual_seed(0)
     ours, theirs = ModalityEncoder(64, 4, 128), nn.TransformerEncoderLayer(64, 4, 128)
