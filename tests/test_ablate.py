@@ -1,10 +1,11 @@
 """The tables as commands: every row trains, finished rows are kept, the figures are those of the runs."""
 
 import json
+from functools import partial
 from statistics import mean, stdev
 
 import pytest
-from conftest import run
+from conftest import run, torchrun
 
 import ablate
 import train
@@ -12,9 +13,9 @@ import train
 QUICK = ["--epochs", 1, 0, "--epoch-steps", 1, 0, "--batch-size", 8, "--backbone-weights", "none", "--precision", "fp32"]
 
 
-def table(*arguments) -> list[list[str]]:
+def table(*arguments, launch=run) -> list[list[str]]:
     """Cells of the table that ablate.py prints last."""
-    done = run("ablate.py", *arguments)
+    done = launch("ablate.py", *arguments)
     assert done.returncode == 0, done.stderr
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")]
 
@@ -38,7 +39,7 @@ def test_table_5_end_to_end_and_what_is_done_is_kept(tiny_data, tmp_path):
     first = table(*arguments)
     assert [row[0] for row in first[2:]] == [row.label for row in ablate.TABLES["5"].rows]
     folders = sorted(tmp_path.glob("*/[01]"))
-    assert len(folders) == 12
+    assert len(folders) == 16
     graft = [folder for folder in folders if folder.parent.name.endswith("fp32")]
     values = [100 * json.loads((folder / "metrics.json").read_text())["mAP"] for folder in graft]
     assert first[-1][2] == f"{mean(values):.1f} ± {stdev(values):.1f}" and first[-1][6] == "76.4 / 94.0 / 94.4 / 94.6"
@@ -48,8 +49,9 @@ def test_table_5_end_to_end_and_what_is_done_is_kept(tiny_data, tmp_path):
     assert before == {folder: (folder / "last.pt").stat().st_mtime_ns for folder in folders}  # nothing trained again
 
 
-def test_one_model_on_every_subset(tiny_data, tmp_path):
-    lines = table("--table", "missing", "--seeds", 1, "--out", tmp_path, "--data-root", tiny_data, *QUICK)
+def test_one_model_on_every_subset_by_two_processes(tiny_data, tmp_path):
+    arguments = ["--table", "missing", "--seeds", 1, "--out", tmp_path, "--data-root", tiny_data, *QUICK]
+    lines = table(*arguments, launch=partial(torchrun, 2))
     assert len(lines) == 2 + 14 and len(list(tmp_path.glob("*/0/metrics-*.json"))) == 14
     for folder in tmp_path.glob("*/0"):
         assert (folder / "metrics-rgb,nir,tir.json").read_text() == (folder / "metrics.json").read_text()
