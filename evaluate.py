@@ -369,6 +369,8 @@ def main() -> None:
     model, checkpoint = load_model(args.checkpoint)
     for name in ("dataset", "data_root", "modalities", "precision", "workers"):
         if getattr(args, name) is None:
+            if name not in checkpoint["settings"]:
+                raise UserError(f"{args.checkpoint}: its settings lack {name}; give --{name.replace('_', '-')}")
             setattr(args, name, checkpoint["settings"][name])
     runtime.print0("settings:", vars(args))
     if unknown := [modality for modality in args.modalities if modality not in model.config.modalities]:

@@ -299,7 +299,8 @@ def train_epoch(run: Run, stage: Stage, progress: Progress, step, optimizer, bat
             progress.step = i + 1
             progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in zip(sums, values, strict=True)}
             if stop or (args.checkpoint_every and progress.step % args.checkpoint_every == 0 and progress.step < num_steps):
-                run.save(optimizer, progress)
+                with runtime.rank0_first():  # nobody leaves before it is written
+                    run.save(optimizer, progress)
             if stop:
                 place = f"stage {number}, epoch {epoch + 1}, step {progress.step} of {num_steps}"
                 raise runtime.Stopped(
