@@ -137,7 +137,7 @@ def strongest(norms: list[Tensor], count: int, multiple: int = 1) -> list[Tensor
 # --- rounds
 
 
-def speed(model: MultiModalModel, device: torch.device, precision: str, repeats: int = 7) -> float:
+def speed(model: MultiModalModel, device: torch.device, precision: str, repeats: int = 3) -> float:
     """Samples a second that the model embeds, all modalities, images at hand: the median of `repeats` batches."""
     config, seconds = model.config, []
     images = torch.rand(evaluate.BATCH_SIZE, 3, *config.image_size, device=device)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, and fork
 ROOT = Path(__file__).parent.parent
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
     """Run a command line of the project to its end; output as text."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, **options
     )
@@ -44,5 +45,5 @@ def trained(tiny_data, tmp_path_factory) -> Path:
 def tiny_arguments(root: Path, out: Path) -> list:
     return [
         "--data-root", root, "--out", out, "--epochs", 2, 2, "--batch-size", 8, "--backbone-weights", "none", "--device", "cpu",
-        "--precision", "fp32", "--schedule", "sqrt", "constant", "--flips", 0.5, 0.5, "--erase", 0.5,
+        "--precision", "fp32", "--image-size", 32, 64, "--schedule", "sqrt", "constant", "--flips", 0.5, 0.5, "--erase", 0.5,
     ]  # fmt: skip

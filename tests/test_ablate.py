@@ -10,7 +10,23 @@ from conftest import run, torchrun
 import ablate
 import train
 
-QUICK = ["--epochs", 1, 0, "--epoch-steps", 1, 0, "--batch-size", 8, "--backbone-weights", "none", "--precision", "fp32"]
+QUICK = [
+    "--epochs",
+    1,
+    0,
+    "--epoch-steps",
+    1,
+    0,
+    "--batch-size",
+    8,
+    "--image-size",
+    32,
+    64,
+    "--backbone-weights",
+    "none",
+    "--precision",
+    "fp32",
+]
 
 
 def table(*arguments, launch=run) -> list[list[str]]:

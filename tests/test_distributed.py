@@ -40,7 +40,6 @@ def gradients(step: TrainingStep) -> dict:
 
 
 def worker(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     runtime.start("cpu")
     step = make_step()

@@ -24,7 +24,8 @@ import train
 
 def arguments(tiny_data, out, *more) -> list[str]:
     """A short run of both stages: 8 steps each."""
-    return [str(a) for a in (*tiny_arguments(tiny_data, out), "--epochs", 1, 1, "--checkpoint-every", 3, *more)]
+    short = ["--epochs", 1, 1, "--checkpoint-every", 3]
+    return [str(a) for a in (*tiny_arguments(tiny_data, out), *short, *more)]
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +38,16 @@ def whole(tiny_data, tmp_path_factory):
 
 def main(program, monkeypatch, *argv) -> int:
     """Exit code of a program called here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, argv)])
     with pytest.raises(SystemExit) as end:
         program.main()
-    torch.set_num_threads(threads)
     return end.value.code
 
 
 # --- going on
 
 
-@pytest.mark.parametrize("fault", [("time", 3.0), ("write", 1), ("write", 4)])
+@pytest.mark.parametrize("fault", [("time", 1.0), ("write", 4)])
 def test_killed_and_resumed_it_ends_as_if_nothing_had_been(tiny_data, whole, tmp_path, fault):
     faults.run(arguments(tiny_data, tmp_path), fault)
     faults.run(arguments(tiny_data, tmp_path, "--resume"))
@@ -286,10 +284,8 @@ def test_two_nodes_of_one_host_with_more_ranks_than_batches(whole, tmp_path):
     common = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
     common += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     program = ["evaluate.py", str(whole / "last.pt"), "--json", str(tmp_path / "metrics.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     nodes = [
-        subprocess.Popen([*common, "--node-rank", str(node), *program], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-        for node in range(2)
+        subprocess.Popen([*common, "--node-rank", str(node), *program], cwd=ROOT, stderr=subprocess.PIPE) for node in range(2)
     ]
     for node in nodes:
         _, errors = node.communicate(timeout=200)

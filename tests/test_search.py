@@ -65,7 +65,7 @@ def test_heat_is_where_the_weight_is():
 def ranking(trained, tiny_data):
     """Query, gallery, metrics and similarities of the tiny model."""
     model, checkpoint = evaluate.load_model(trained / "last.pt")
-    dataset = data.load_dataset("synthetic", tiny_data, image_size=(64, 128))
+    dataset = data.load_dataset("synthetic", tiny_data, image_size=(32, 64))
     facts = checkpoint["mean"], checkpoint["std"], torch.device("cpu"), "fp32", 0
     return dataset.query, dataset.gallery, *evaluate.rank(model, dataset.query, dataset.gallery, *facts)
 
@@ -130,7 +130,7 @@ def test_curves_beside_the_log(trained, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def photos(tiny_data, tmp_path):
     """The gallery as a folder of two-modality photos, some of them without TIR."""
-    gallery = data.load_dataset("synthetic", tiny_data, ("rgb", "tir"), (64, 128)).gallery
+    gallery = data.load_dataset("synthetic", tiny_data, ("rgb", "tir"), (32, 64)).gallery
     for i, sample in enumerate(gallery.samples):
         for modality, image in gallery[i][0].items():
             if modality == "rgb" or i % 4:

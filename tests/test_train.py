@@ -131,13 +131,10 @@ def test_same_seed_same_run_and_resuming_changes_nothing(trained, tiny_data, tmp
             raise KeyboardInterrupt
 
     arguments = [str(argument) for argument in tiny_arguments(tiny_data, out)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the run it is compared with
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.setattr(train.Run, "save", save_then_stop)
     with pytest.raises(SystemExit, match="130"):
         train.main()
-    torch.set_num_threads(threads)
     assert not (out / "metrics.json").exists()
     done = run("train.py", *arguments, "--resume")
     assert done.returncode == 0 and "stage 1" not in done.stdout, done.stderr
