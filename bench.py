@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import re
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -206,6 +207,24 @@ ROWS = {
 }
 
 
+def large_ranking(num_query: int = 3000, num_gallery: int = 500_000, width: int = 768) -> str:
+    """Time and peak memory of ranking more than usual: noisy features, made part by part so that nothing else is large."""
+    centers = torch.randn(5000, width)
+    pids, keys = (tuple(torch.randint(high, (n,)) for n in (num_query, num_gallery)) for high in (5000, 6))
+    features = [torch.empty(len(ids), width) for ids in pids]
+    for part, ids in zip(features, pids, strict=True):
+        for rows in torch.arange(len(ids)).split(10_000):
+            part[rows] = centers[ids[rows]] + 4 * torch.randn(len(rows), width)
+    start = time.perf_counter()
+    evaluate.rank_metrics(*features, *pids, *keys)
+    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kB
+    size = sum(part.numel() for part in features) * 4
+    return (
+        f"ranking {num_query:,} by {num_gallery:,}: {seconds:.0f} s, peak resident memory {peak / 1e9:.2f} GB,"
+        f" of which {size / 1e9:.2f} GB are the features"
+    )
+
+
 # --- measuring
 
 
@@ -252,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", metavar="KEY,...", default=",".join(ROWS), help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side, at least (default: %(default)s)")
+    parser.add_argument("--large", action="store_true", help="only rank 3,000 queries against 500,000 samples, for its memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, anew after each of them")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
@@ -266,6 +286,8 @@ def main() -> None:
     report = {"machine": machine(device), "device": str(device), "torch": torch.__version__, "bf16": bf16, "rows": []}
     print("settings:", vars(args))
     print(f"{machine(device)}; {device}, {torch.get_num_threads()} threads; torch {torch.__version__}; bf16 is {bf16} here")
+    if args.large:
+        return print(large_ranking())
     print(f"{'what':<44}{'ours':>10}{'peer':>10}{'ratio':>8}{'asked':>8}", flush=True)
     progress = tqdm(chosen, disable=None, leave=False)
     for key in progress:
