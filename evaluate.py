@@ -349,7 +349,12 @@ def draw(args: argparse.Namespace, model: MultiModalModel, dataset: data.Dataset
     if args.attention:
         if not isinstance(model, GraFT):
             raise UserError(f"--attention: a model with --fusion {model.config.fusion} has no fusion tokens")
-        pictures.attention(model, dataset.query, *facts, chosen, device, args.attention)
+
+        def look(images: dict[str, Tensor]) -> dict[str, Tensor]:
+            batch = data.normalise({modality: image[None].to(device) for modality, image in images.items()}, *facts)
+            return {modality: weights[0].cpu() for modality, weights in model.attention(batch).items()}
+
+        pictures.attention(dataset.query, look, chosen, args.attention)
         turned = reliance(model, dataset.query, *facts, device, args.precision, args.workers)
         light = torch.stack([next(iter(dataset.query[i][0].values())).float().mean() for i in range(len(dataset.query))])
         for name, half in (("darker", light <= light.median()), ("brighter", light > light.median())):

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import data
 import runtime
 from runtime import UserError
 
@@ -103,25 +102,29 @@ def _order(query, gallery, similarities: Similarities, i: int) -> tuple[Tensor, 
     return order[(gallery.pids[order] != query.pids[i]) | (gallery.keys[order] != query.keys[i])], similarity
 
 
+def _name(sample) -> str:
+    return sample.name.rpartition("/")[2]  # says identity and camera, or scene, as the data set writes them
+
+
 def _query(query, i: int, line: str) -> Cell:
     sample = query.samples[i]
-    return Cell(query[i][0], (f"id {sample.pid} cam {sample.key + 1}", line))
+    return Cell(query[i][0], (_name(sample), line))
 
 
 def _answer(query, gallery, i: int, j: int, similarity: float, prefix: str = "") -> Cell:
     sample = gallery.samples[j]
     right = sample.pid == query.samples[i].pid
-    lines = (f"{prefix}id {sample.pid} cam {sample.key + 1}", f"distance {1 - similarity:.2f}")
+    lines = (prefix + _name(sample), f"distance {1 - similarity:.2f}")
     return Cell(gallery[j][0], lines, RIGHT if right else WRONG)
 
 
-def attention(model, split, mean: dict, std: dict, chosen: Chosen, device: torch.device, path: str | Path) -> None:
-    """Samples of a split, each beside a map of where the fusion token looks in each modality's encoder (model.attention)."""
+def attention(split, look: Callable[[dict], dict], chosen: Chosen, path: str | Path) -> None:
+    """Samples of a split, each beside a map of where the fusion token looks in each modality's encoder, which `look` says of
+    its images: weights (rows, columns) by modality."""
     rows = []
     for i, _ in chosen:
         images, _, _ = split[i]
-        batch = data.normalise({modality: image[None].to(device) for modality, image in images.items()}, mean, std)
-        maps = {modality: weights[0].cpu() for modality, weights in model.attention(batch).items()}
+        maps = look(images)
         heated = {modality: heat(image, maps[modality]) for modality, image in images.items()}
         shares = ", ".join(f"{modality} {100 * weights.sum():.0f}%" for modality, weights in maps.items())
         rows.append([Cell(images, (split.samples[i].name, "")), Cell(heated, ("on patches:", shares))])

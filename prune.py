@@ -4,8 +4,8 @@ python prune.py runs/synthetic/last.pt --keep 0.69 0.62 0.5 0.34           the f
 python prune.py runs/rgbnt100/last.pt --params 76M 70M 60M 46M --half      non-zero parameters of the whole model
 python prune.py runs/synthetic/last.pt --keep 0.5 --structured             whole heads and MLP channels: a smaller dense model
 
-Each target goes on from the one before. OUT/keep-*.pt are checkpoints like any other: evaluate.py reads them, prune.py goes
-on from them. OUT/results.json holds the table; OUT/last.pt what --resume needs.
+Each target goes on from the one before. OUT/TARGET.pt, e.g. OUT/46M.pt, are checkpoints like any other: evaluate.py reads
+them, prune.py goes on from them. OUT/results.json holds the table; OUT/last.pt what --resume needs.
 """
 
 import argparse
@@ -29,16 +29,8 @@ from model import MultiModalModel, build_model
 from runtime import UserError
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # of each block
-PLAN = (
-    "params",
-    "keep",
-    "structured",
-    "rounds",
-    "finetune_epochs",
-    "epoch_steps",
-    "lr",
-    "seed",
-)  # what --resume must not change
+# What --resume must not change
+PLAN = ("params", "keep", "structured", "rounds", "finetune_epochs", "epoch_steps", "lr", "seed")
 CHANNELS = 16  # MLP channels go by so many: what matrix products like
 
 
@@ -283,6 +275,10 @@ def main() -> None:
     last = train.refuse_occupied(args)
     device = runtime.start(args.device)
     model, checkpoint = evaluate.load_model(last if last.exists() else args.checkpoint)
+    if last.exists() and "pruning" not in checkpoint:
+        raise UserError(f"{last}: was not written by prune.py; choose another --out")
+    if "pids" not in checkpoint or "stages" not in checkpoint["settings"]:
+        raise UserError(f"{args.checkpoint}: lacks what training needs; expected a checkpoint written by train.py or prune.py")
     plan = {name: getattr(args, name) for name in PLAN}
     progress = checkpoint["pruning"] if last.exists() else {"plan": plan, "rounds": 0, "rows": []}
     if changed := [name for name in plan if progress["plan"][name] != plan[name]]:

@@ -37,7 +37,7 @@ def find(folder: Path, modalities: tuple[str, ...]) -> list[data.Sample]:
 
 
 def embed(model: MultiModalModel, checkpoint: dict, samples: list[data.Sample], args: argparse.Namespace) -> np.ndarray:
-    """Features (N, D) of samples, and with them all that the checkpoint says of images."""
+    """Features (N, D) of samples, their images normalised as in training."""
     split = data.Split(samples, model.config.modalities, model.config.image_size)
     facts = checkpoint["mean"], checkpoint["std"]
     return evaluate.embed(model, split, *facts, next(model.parameters()).device, args.precision, args.workers).numpy()
@@ -69,25 +69,29 @@ def index(args: argparse.Namespace, model: MultiModalModel, checkpoint: dict) ->
     print(f"{args.out}: {len(samples)} samples ({counts}), features of width {features.shape[1]}")
 
 
-def read_gallery(path: Path, checkpoint: str) -> dict[str, np.ndarray]:
+def read_gallery(path: Path, checkpoint: str, width: int) -> dict[str, np.ndarray]:
     """The arrays that `index` wrote, with a model's own features. Raises UserError for anything else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; make it by: python search.py CKPT index FOLDER --out {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
             gallery = {name: file[name] for name in ("features", "names", "files", "modalities", "model")}
+        if str(gallery["model"]) != fingerprint(checkpoint):
+            raise UserError(f"{path}: was embedded by another model than {checkpoint}; make it anew")
         N, M = gallery["files"].shape
-        if gallery["features"].shape[0] != N or gallery["names"].shape != (N,) or gallery["modalities"].shape != (M,):
+        if gallery["features"].shape != (N, width) or gallery["names"].shape != (N,) or gallery["modalities"].shape != (M,):
             raise ValueError("its arrays do not fit one another")
+    except UserError:
+        raise
     except Exception as error:  # numpy's and zipfile's errors have no common type
         raise UserError(f"{path}: not a gallery as search.py index writes it ({str(error)[:200]}); make it anew") from None
-    if str(gallery["model"]) != fingerprint(checkpoint):
-        raise UserError(f"{path}: was embedded by another model than {checkpoint}; make it anew")
     return gallery
 
 
 def query(args: argparse.Namespace, model: MultiModalModel, checkpoint: dict) -> None:
-    gallery = read_gallery(args.gallery, args.checkpoint)
+    if args.top < 1:
+        raise UserError(f"--top {args.top}: expected at least 1")
+    gallery = read_gallery(args.gallery, args.checkpoint, model.width)
     images: dict[str, tuple[Path, None]] = {}
     for word in args.images:
         modality, _, path = word.partition("=")

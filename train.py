@@ -221,6 +221,8 @@ def train_stage(run: Run, number: int, stage: Stage, progress: Progress, optimiz
     args, model, criterion = run.args, run.model, run.criterion
     model.train()
     model.freeze_backbone(stage.frozen)
+    for backbone in model.backbones:
+        backbone.checkpointing = args.checkpointing
     criterion.weights(args.alpha, stage.beta, args.gamma, stage.label_smoothing)
     if stage.beta and not optimizer_state:
         features = evaluate.embed(model, run.dataset.train, run.dataset.mean, run.dataset.std, run.device, args.precision)
@@ -506,8 +508,6 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
     elif args.backbone_weights != "none":
         dropped = load_backbone(model, args.backbone_weights)
         runtime.print0(f"backbone from {args.backbone_weights}; left out: {', '.join(dropped) or 'nothing'}")
-    for backbone in model.backbones:
-        backbone.checkpointing = args.checkpointing
     run = open_run(args, device, dataset, validation, model, checkpoint["progress"]["log"] if checkpoint else 0)
     if checkpoint:
         run.criterion.load_state_dict(checkpoint["criterion"])
@@ -516,9 +516,8 @@ def start_run(args: argparse.Namespace) -> tuple[Run, dict | None]:
 
 def check_resumable(checkpoint: dict, args: argparse.Namespace, config: GraFTConfig, dataset: data.Dataset) -> None:
     """Print which settings differ from the checkpoint's; raises UserError for those that it cannot go on with."""
-    if lacking := [
-        name for name in ("config", "model", "criterion", "optimizer", "progress", "pids") if name not in checkpoint
-    ]:
+    parts = ("config", "model", "criterion", "optimizer", "progress", "pids", "settings")
+    if lacking := [name for name in parts if name not in checkpoint]:
         raise UserError(f"{args.out}/last.pt: lacks {', '.join(lacking)}; expected a checkpoint written by train.py")
     ours, theirs = asdict(config), checkpoint["config"]
     if changed := [name for name in ours if ours[name] != theirs.get(name)]:

@@ -222,6 +222,7 @@ def test_mistakes_give_one_line(trained, pruned, tmp_path, monkeypatch, capsys):
         ([trained / "last.pt", "--keep", 0.4, "--out", pruned], "holds a run already"),
         ([trained / "last.pt", "--keep", 0.4, "--out", pruned, "--resume"], "was begun with keep ['0.5', '0.8'], not ['0.4']"),
         ([tmp_path / "absent.pt", "--keep", 0.4], "absent.pt: no such file"),
+        ([trained / "last.pt", "--keep", 0.4, "--out", trained, "--resume"], "last.pt: was not written by prune.py"),
     ]:
         out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", ["prune.py", *map(str, [*arguments, *out])])

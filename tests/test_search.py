@@ -82,7 +82,7 @@ def test_lists_are_ranked_as_the_metric_ranks(ranking, monkeypatch):
         precision = right.cumsum()[right] / (np.flatnonzero(right) + 1)
         assert precision.mean() == pytest.approx(metrics.ap[i].item())
         assert len(answers) == len(gallery) - 2 and asked.lines[1] == f"named, AP {100 * metrics.ap[i]:.0f}%"  # same camera: 2
-        assert first.colour == pictures.RIGHT and first.lines[0].startswith(f"rank {right.argmax() + 1}: id {query.pids[i]} ")
+        assert first.colour == pictures.RIGHT and first.lines[0].startswith(f"rank {right.argmax() + 1}: {query.pids[i]:04}_c")
         assert all(cell.colour == pictures.WRONG for cell in wrong) and len(wrong) == 6
         distances = [float(cell.lines[1].split()[1]) for cell in answers]
         assert distances == sorted(distances)
@@ -168,7 +168,8 @@ def test_mistakes_in_a_search_give_one_line(trained, photos, tmp_path, monkeypat
     folder, _ = photos
     ckpt, npz = trained / "last.pt", tmp_path / "gallery.npz"
     (tmp_path / "empty").mkdir()
-    np.savez(npz, features=np.zeros((2, 3)), names=np.array(["a"]), files=np.zeros((2, 1)), modalities=["rgb"], model="0")
+    own = search.fingerprint(ckpt)
+    np.savez(npz, features=np.zeros((2, 3)), names=np.array(["a"]), files=np.zeros((2, 1)), modalities=["rgb"], model=own)
     np.savez(tmp_path / "other.npz", features=np.zeros((1, 3)), names=["a"], files=[["a"]], modalities=["rgb"], model="0")
     np.savez(tmp_path / "pickle.npz", features=np.array([{}], dtype=object))
     image = next((folder / "rgb").rglob("*.png"))
@@ -180,6 +181,7 @@ def test_mistakes_in_a_search_give_one_line(trained, photos, tmp_path, monkeypat
         (["query", tmp_path / "pickle.npz", f"rgb={image}"], "not a gallery"),
         (["query", ckpt, f"rgb={image}"], "not a gallery"),
         (["query", tmp_path / "other.npz", f"rgb={image}"], "was embedded by another model"),
+        (["query", npz, f"rgb={image}", "--top", 0], "--top 0: expected at least 1"),
     ]:
         assert call(search, monkeypatch, ckpt, *words) == 2
         assert message in capsys.readouterr().err
