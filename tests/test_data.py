@@ -215,6 +215,17 @@ def test_name_without_identity(tmp_path, name):
         data.load_dataset("folder", tmp_path)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (224, 224), (16, 48)])
+def test_resized_as_pillow_resizes(tmp_path, size):
+    pixels = np.random.default_rng(0).integers(256, size=(40, 80, 3), dtype=np.uint8)
+    image = Image.fromarray(np.concatenate([pixels, 255 - pixels], 1))
+    image.save(path := tmp_path / "mosaic.png")
+    split = data.Split([data.Sample("", 1, 0, {"rgb": (path, 0), "nir": (path, 1)})], ("rgb", "nir"), size)
+    for i, found in enumerate(split[0][0].values()):
+        tile = image.crop((80 * i, 0, 80 * i + 80, 40)).resize(size[::-1], Image.Resampling.BICUBIC)
+        assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(tile)).max() <= 2
+
+
 @pytest.mark.parametrize("width", [32, 64, 100])
 def test_mosaic_too_narrow_or_of_odd_width(tmp_path, width):
     write_rgbnt100(tmp_path)
