@@ -1,16 +1,21 @@
 """Time this code beside its peers, in the same run and in turns, and print how many times as fast it is.
 
-python bench.py                            all rows, some minutes
+python bench.py                            the core rows, some minutes
 python bench.py --rows step1,step2         some of them
+python bench.py --full --plot growth.png   all of them, and how cost grows with batch, modalities, tokens, gallery and ranks
 
-A ratio is the peer's median time by ours. Bare times say little on a shared machine: they are shown, never judged.
+A ratio is the peer's median time by ours. Bare times say little on a shared machine: they are shown, and judged only where
+no peer is. Where less than what was asked is reached, the machine's own rate of matrix products says how much could be.
 """
 
 import argparse
+import json
 import os
 import platform
 import re
-import resource
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +26,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import data
 import evaluate
+import pictures
 import prune
 import runtime
 import train
@@ -88,6 +97,26 @@ class PublishedStep(nn.Module):
         return {"loss": loss}
 
 
+class PublishedReader(torch.utils.data.Dataset):
+    """The published code's way of reading: a sample's file is opened, cropped and resized by Pillow once for each modality."""
+
+    def __init__(self, split: data.Split):
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[dict[str, Tensor], int, int]:
+        sample, images = self.split.samples[i], {}
+        for modality, (path, tile) in sample.images.items():
+            image = Image.open(path).convert("RGB")
+            width = 2 * image.height
+            image = image.crop((width * tile, 0, width * (tile + 1), image.height))
+            image = image.resize(self.split.image_size[::-1], Image.Resampling.BICUBIC)
+            images[modality] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return images, sample.pid, sample.key
+
+
 def loop_mean_ap(query: Tensor, gallery: Tensor, pids: tuple, keys: tuple, max_rank: int = 50) -> float:
     """The popular ReID baselines' way of ranking: all distances, a full argsort, then Python over the queries; mAP."""
     query, gallery = F.normalize(query), F.normalize(gallery)
@@ -110,38 +139,63 @@ def loop_mean_ap(query: Tensor, gallery: Tensor, pids: tuple, keys: tuple, max_r
     return float(np.mean(precisions))
 
 
-# --- rows: each makes its two sides, calls without arguments; both may return a figure that has to be the same
+# --- rows: `sides` makes our sides, one for each line, and the peer's: calls that may return a figure, which has to be the same
 
-Sides = tuple[Callable[[], float | None], Callable[[], float | None]]
+Side = Callable[[], float | None]
+SMALL = {"image_size": (64, 128), **BACKBONES["small"]}  # the embedded data set's model
 VITS = {  # image size, width, depth, heads; images in a batch
     "base": (((224, 224), 768, 12, 12), 6),
     "small": (((64, 128), 192, 6, 3), 96),
 }
 
 
-def step_sides(number: int, precision: str, device: torch.device, triplets: int = 2) -> Sides:
-    """A whole training step of DeiT-B at 224x224 on 3 modalities, in stage `number`; the peer's is always in fp32."""
-    stage, config = train.PAPER.stages[number - 1], GraFTConfig()
-    model = GraFT(config)
-    model.freeze_backbone(stage.frozen)
-    criterion = GraFTLoss(config.num_ids, config.dim)
+class Line(NamedTuple):
+    what: str
+    asked: float  # the least ratio; without a peer the most seconds, or GB
+    precision: str = ""  # of our side's matrix products, if these are what takes the time
+
+
+class Row(NamedTuple):
+    lines: tuple[Line, ...]
+    sides: Callable[[torch.device], list[Side]]
+    peer_once: bool = False  # too slow for more than one turn
+    full: bool = False  # with --full only
+
+
+def our_step(model: GraFT, stage: train.Stage, precision: str, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """train.py's step and optimizer for a model in that stage."""
+    model.to(device).freeze_backbone(stage.frozen)
+    criterion = GraFTLoss(model.config.num_ids, model.width).to(device)
     criterion.weights(0.5, stage.beta, 0.5, stage.label_smoothing)
+    step = train.on_all_ranks(train.TrainingStep(model, criterion, device, precision))
+    return step, train.make_optimizer(model, criterion, stage, 1e-3)
+
+
+def on_triplets(step: nn.Module, optimizer: torch.optim.Optimizer, config: GraFTConfig, triplets: int, device) -> Side:
+    """A whole training step on random images: forward, losses, backward, optimizer."""
     images = {modality: torch.randn(3 * triplets, 3, *config.image_size, device=device) for modality in config.modalities}
     labels = torch.randint(config.num_ids, (triplets,), device=device)
 
-    def run(step: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def run() -> None:
         step(images, labels)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    return run
+
+
+def step_sides(number: int, device: torch.device, triplets: int = 2, precisions=("bf16", "fp32")) -> list[Side]:
+    """A training step of DeiT-B at 224x224 on 3 modalities, in stage `number`; the peer's is in fp32."""
+    stage, config = train.PAPER.stages[number - 1], GraFTConfig()
+    model = GraFT(config)
     peer = PublishedStep(model, stage).to(device)
     trained = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-    peers = torch.optim.AdamW(trained, stage.lr, stage.betas, weight_decay=stage.weight_decay)
-    ours = train.TrainingStep(model, criterion, device, precision).to(device)
-    return partial(run, ours, train.make_optimizer(model, criterion, stage, 1e-3)), partial(run, peer, peers)
+    optimizer = torch.optim.AdamW(trained, stage.lr, stage.betas, weight_decay=stage.weight_decay)
+    steps = [our_step(model, stage, precision, device) for precision in precisions] + [(peer, optimizer)]
+    return [on_triplets(*step, config, triplets, device) for step in steps]
 
 
-def vit_sides(name: str, training: bool, precision: str, device: torch.device) -> Sides:
+def vit_sides(name: str, training: bool, precision: str, device: torch.device) -> list[Side]:
     """All tokens of a ViT, as in testing or with the backward pass; both sides in the same precision, on the same weights."""
     (image_size, dim, depth, heads), batch = VITS[name]
     ours = ViT(image_size, 16, dim, depth, heads).to(device)
@@ -157,12 +211,12 @@ def vit_sides(name: str, training: bool, precision: str, device: torch.device) -
             tokens.float().backward(gradient)
             vit.zero_grad()
 
-    return partial(run, ours.train(training), ours), partial(run, peer.train(training), peer.forward_features)
+    return [partial(run, ours.train(training), ours), partial(run, peer.train(training), peer.forward_features)]
 
 
-def pruned_sides(device: torch.device) -> Sides:
+def pruned_sides(device: torch.device) -> list[Side]:
     """The embedded model with half of its prunable weights, as whole heads and channels, against all of it."""
-    model = GraFT(GraFTConfig(image_size=(64, 128), **BACKBONES["small"])).to(device).eval()
+    model = GraFT(GraFTConfig(**SMALL)).to(device).eval()
     smaller = prune.shrink(model, prune.prunable(model) // 2).eval()
     images = dict.fromkeys(model.config.modalities, torch.randn(evaluate.BATCH_SIZE, 3, 64, 128, device=device))
 
@@ -170,92 +224,174 @@ def pruned_sides(device: torch.device) -> Sides:
         with torch.no_grad(), runtime.autocast(device, "auto"):
             side(images)
 
-    return partial(run, smaller), partial(run, model)
+    return [partial(run, smaller), partial(run, model)]
 
 
-def rank_sides(num_query: int, num_gallery: int, num_ids: int, num_keys: int, _: torch.device) -> Sides:
+def mosaics(count: int, folder: str) -> data.Split:
+    """Samples as RGBNT100's: smooth random mosaics of 3 tiles of 256x128, to be read at 224x224."""
+    modalities, samples = ("rgb", "nir", "tir"), []
+    for i, pixels in enumerate(torch.randint(256, (count, 16, 96, 3), dtype=torch.uint8).numpy()):
+        path = Path(folder) / f"{i:04d}_c0001_000.jpg"
+        Image.fromarray(pixels).resize((768, 128), Image.Resampling.BICUBIC).save(path, quality=90)
+        samples.append(data.Sample(path.stem, i, 0, {modality: (path, tile) for tile, modality in enumerate(modalities)}))
+    return data.Split(samples, modalities, (224, 224))
+
+
+def read(reader: torch.utils.data.Dataset) -> torch.utils.data.DataLoader:
+    """Batches by one worker."""
+    return torch.utils.data.DataLoader(reader, evaluate.BATCH_SIZE, collate_fn=data.collate, num_workers=1)
+
+
+def reading_sides(_: torch.device, count: int = 256) -> list[Side]:
+    """From mosaics to batches; the figure is the mean pixel."""
+    folder = tempfile.TemporaryDirectory()
+    split = mosaics(count, folder.name)
+
+    def run(reader: torch.utils.data.Dataset, _=folder) -> float:
+        total = sum(image.sum().item() for images, _, _ in read(reader) for image in images.values())
+        return total / (count * 3 * 3 * 224**2 * 255)
+
+    return [partial(run, split), partial(run, PublishedReader(split))]
+
+
+def gallery_sides(device: torch.device, count: int = 16) -> list[Side]:
+    """From mosaics to embeddings by DeiT-B."""
+    folder = tempfile.TemporaryDirectory()
+    samples = mosaics(count, folder.name)
+    mean, std = ({modality: (0.5,) * 3 for modality in samples.modalities} for _ in range(2))
+    model = GraFT(GraFTConfig()).to(device).eval()
+    peer = PublishedStep(model, train.PAPER.stages[0]).to(device).eval()
+
+    def ours(_=folder) -> None:
+        split = data.Split(samples.samples, samples.modalities, samples.image_size)  # nothing in memory yet
+        evaluate.embed(model, split, mean, std, device, workers=1)
+
+    @torch.no_grad()
+    def peers() -> None:
+        for images, _, _ in read(PublishedReader(samples)):
+            peer.embed(data.normalise({modality: image.to(device) for modality, image in images.items()}, mean, std))
+
+    return [ours, peers]
+
+
+def rank_sides(num_query: int, num_gallery: int, num_ids: int, num_keys: int, _: torch.device) -> list[Side]:
     """mAP of noisy features of width 768: on the CPU, where embeddings are ranked."""
-    centers = torch.randn(num_ids, 768)
+    query, gallery, pids, keys = features(num_query, num_gallery, num_ids, num_keys)
+    return [lambda: evaluate.rank_metrics(query, gallery, *pids, *keys).mAP, lambda: loop_mean_ap(query, gallery, pids, keys)]
+
+
+def features(num_query: int, num_gallery: int, num_ids: int, num_keys: int, width: int = 768) -> tuple:
+    """Query and gallery, noisy; pids; keys. Made part by part, so that nothing else is large."""
+    centers = torch.randn(num_ids, width)
     pids, keys = (tuple(torch.randint(high, (n,)) for n in (num_query, num_gallery)) for high in (num_ids, num_keys))
-    query, gallery = (centers[ids] + 4 * torch.randn(len(ids), 768) for ids in pids)
-    return (lambda: evaluate.rank_metrics(query, gallery, *pids, *keys).mAP, lambda: loop_mean_ap(query, gallery, pids, keys))
+    made = [torch.empty(len(ids), width) for ids in pids]
+    for part, ids in zip(made, pids, strict=True):
+        for rows in torch.arange(len(ids)).split(10_000):
+            part[rows] = centers[ids[rows]] + 4 * torch.randn(len(rows), width)
+    return *made, pids, keys
 
 
-class Row(NamedTuple):
-    what: str
-    asked: float  # the least ratio
-    sides: Callable[[torch.device], Sides]
-    peer_once: bool = False  # too slow for a warm-up and more than one turn
+def triplet_list(_: torch.device) -> list[Side]:
+    pids = np.repeat(np.arange(150), 168)  # RGBN300's 25,200
+    return [lambda: data.make_triplets(pids, 8, np.random.default_rng(0)) is None]
+
+
+def file_index(_: torch.device) -> list[Side]:
+    """A tree of RGBNT100's counts and names, of empty files."""
+    folder = tempfile.TemporaryDirectory()
+    for name, count in zip(("bounding_box_train", "query", "bounding_box_test"), data.DATASETS["rgbnt100"].counts, strict=True):
+        part = Path(folder.name) / "rgbir" / name
+        part.mkdir(parents=True)
+        for i in range(count):
+            (part / f"{i % 50:04d}_c{i // 50 % 8 + 1:04d}_{i // 400:03d}.jpg").touch()
+
+    def run(_=folder) -> None:
+        data.load_dataset("rgbnt100", folder.name)
+
+    return [run]
+
+
+def one(what: str, asked: float, sides, precision: str = "", **options) -> Row:
+    return Row((Line(what, asked, precision),), sides, **options)
+
+
+def rank_row(what: str, *sizes: int, **options) -> Row:
+    return one(f"ranking, {what}", 4.0, partial(rank_sides, *sizes), peer_once=True, **options)
+
+
+def step_row(number: int, bf16: float, fp32: float) -> Row:
+    what = f"training step, stage {number}"
+    lines = Line(f"{what}: bf16 by fp32", bf16, "bf16"), Line(f"{what}: both fp32", fp32, "fp32")
+    return Row(lines, partial(step_sides, number))
+
+
+def vit_row(name: str, training: bool, precision: str, asked: float) -> Row:
+    what = f"ViT {name}, forward{' and backward' if training else ''}: both {precision}"
+    return one(what, asked, partial(vit_sides, name, training, precision), precision)
 
 
 ROWS = {
-    "step1": Row("training step, stage 1: bf16 by fp32", 3.5, partial(step_sides, 1, "bf16")),
-    "step2": Row("training step, stage 2: bf16 by fp32", 3.0, partial(step_sides, 2, "bf16")),
-    "step1-fp32": Row("training step, stage 1: both fp32", 1.08, partial(step_sides, 1, "fp32")),
-    "step2-fp32": Row("training step, stage 2: both fp32", 0.97, partial(step_sides, 2, "fp32")),
-    "base-forward": Row("ViT base, forward: both bf16", 0.97, partial(vit_sides, "base", False, "bf16")),
-    "base-training": Row("ViT base, forward and backward: both bf16", 0.97, partial(vit_sides, "base", True, "bf16")),
-    "base-forward-fp32": Row("ViT base, forward: both fp32", 0.97, partial(vit_sides, "base", False, "fp32")),
-    "base-training-fp32": Row("ViT base, forward and backward: both fp32", 0.97, partial(vit_sides, "base", True, "fp32")),
-    "small-forward": Row("ViT small, forward: both bf16", 1.0, partial(vit_sides, "small", False, "bf16")),
-    "small-training": Row("ViT small, forward and backward: both bf16", 1.0, partial(vit_sides, "small", True, "bf16")),
-    "small-forward-fp32": Row("ViT small, forward: both fp32", 1.0, partial(vit_sides, "small", False, "fp32")),
-    "small-training-fp32": Row("ViT small, forward and backward: both fp32", 1.0, partial(vit_sides, "small", True, "fp32")),
-    "pruned": Row("embedding: half the weights by all", 1.5, pruned_sides),
-    "rank-rgbnt100": Row("ranking, 1,715 by 8,575", 4.0, partial(rank_sides, 1715, 8575, 50, 8)),
-    "rank-market": Row("ranking, 3,368 by 19,732", 4.0, partial(rank_sides, 3368, 19732, 750, 6), peer_once=True),
+    "step1": step_row(1, 3.5, 1.08),
+    "step2": step_row(2, 3.0, 0.97),
+    "base-forward": vit_row("base", False, "bf16", 0.97),
+    "base-training": vit_row("base", True, "bf16", 0.97),
+    "base-forward-fp32": vit_row("base", False, "fp32", 0.97),
+    "base-training-fp32": vit_row("base", True, "fp32", 0.97),
+    "small-forward": vit_row("small", False, "bf16", 1.0),
+    "small-training": vit_row("small", True, "bf16", 1.0),
+    "small-forward-fp32": vit_row("small", False, "fp32", 1.0),
+    "small-training-fp32": vit_row("small", True, "fp32", 1.0),
+    "gallery": one("embedding a gallery, files to features: bf16 by fp32", 3.3, gallery_sides, "bf16"),
+    "pruned": one("embedding: half the weights by all", 1.5, pruned_sides),
+    "reading": one("reading mosaics, one worker", 1.5, reading_sides),
+    "rank-rgbnt100": rank_row("1,715 by 8,575", 1715, 8575, 50, 8),
+    "rank-market": rank_row("a quarter of 3,368 by 19,732", 842, 19732, 750, 6),
+    "rank-market-full": rank_row("3,368 by 19,732", 3368, 19732, 750, 6, full=True),
+    "triplets": one("triplet list of 25,200 images, seconds", 0.3, triplet_list),
+    "index": one("finding RGBNT100's 18,965 samples, seconds", 1.0, file_index),
 }
-
-
-def large_ranking(num_query: int = 3000, num_gallery: int = 500_000, width: int = 768) -> str:
-    """Time and peak memory of ranking more than usual: noisy features, made part by part so that nothing else is large."""
-    centers = torch.randn(5000, width)
-    pids, keys = (tuple(torch.randint(high, (n,)) for n in (num_query, num_gallery)) for high in (5000, 6))
-    features = [torch.empty(len(ids), width) for ids in pids]
-    for part, ids in zip(features, pids, strict=True):
-        for rows in torch.arange(len(ids)).split(10_000):
-            part[rows] = centers[ids[rows]] + 4 * torch.randn(len(rows), width)
-    start = time.perf_counter()
-    evaluate.rank_metrics(*features, *pids, *keys)
-    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kB
-    size = sum(part.numel() for part in features) * 4
-    return (
-        f"ranking {num_query:,} by {num_gallery:,}: {seconds:.0f} s, peak resident memory {peak / 1e9:.2f} GB,"
-        f" of which {size / 1e9:.2f} GB are the features"
-    )
 
 
 # --- measuring
 
 
-def measure(row: Row, device: torch.device, repeats: int, seed: int) -> tuple[float, float]:
-    """Median seconds of our side and of the peer's, which take turns after a warm-up each; quick rows take more turns.
+def timed(side: Side, device: torch.device) -> tuple[float, float | None]:
+    start = time.perf_counter()
+    figure = side()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, figure
 
-    Raises RuntimeError where the two sides' figures differ: they would not have done the same work.
+
+def measure(row: Row, device: torch.device, repeats: int) -> tuple[list[float], list[int]]:
+    """Median seconds of each side, and the operations of its matrix products.
+
+    The sides take turns. The first turn is a warm-up, but a call of more than 2 s counts; quick rows take more turns.
+    Raises RuntimeError where the sides' figures differ: they would not have done the same work.
     """
-    torch.manual_seed(seed)
-    sides = row.sides(device)
+    sides, seconds, operations, figures = row.sides(device), [], [], []
+    for side in sides:
+        with FlopCounterMode(display=False) as counter:
+            spent, figure = timed(side, device)
+        seconds.append([spent] if spent > 2 else [])
+        operations.append(counter.get_total_flops())
+        figures.append(figure)
+    seconds[-1] = seconds[-1] or [spent] * row.peer_once
+    turning = list(zip(sides, seconds, strict=True))[: len(row.lines) if row.peer_once else None]
+    while min(len(mine) for _, mine in turning) < repeats or (sum(seconds[0]) < 1 and len(seconds[0]) < 10 * repeats):
+        for side, mine in turning:
+            mine.append(timed(side, device)[0])
+    if None not in figures and max(figures) - min(figures) > 1e-4:
+        raise RuntimeError(f"{row.lines[0].what}: the sides give {figures}")
+    return [median(spent) for spent in seconds], operations
 
-    def timed(side: Callable[[], float | None]) -> tuple[float, float | None]:
-        start = time.perf_counter()
-        figure = side()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - start, figure
 
-    for side in sides[:1] if row.peer_once else sides:
-        timed(side)
-    ours, peer = [], []
-    while len(ours) < repeats or (sum(ours) < 1 and len(ours) < 10 * repeats):
-        seconds, figure = timed(sides[0])
-        ours.append(seconds)
-        if row.peer_once and peer:
-            continue
-        seconds, expected = timed(sides[1])
-        peer.append(seconds)
-        if figure is not None and abs(figure - expected) > 1e-4:
-            raise RuntimeError(f"{row.what}: our side gives {figure:.6f}, the peer {expected:.6f}")
-    return median(ours), median(peer)
+def matrix_rate(precision: str, device: torch.device) -> float:
+    """Operations a second of torch's own matrix product, the best of ten: of a DeiT-B step's sizes; on GPUs larger."""
+    M, K, N = (3564, 768, 3072) if device.type == "cpu" else (8192, 8192, 8192)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, weight = torch.randn(M, K, device=device, dtype=dtype), torch.randn(N, K, device=device, dtype=dtype)
+    return 2 * M * K * N / min(timed(lambda: F.linear(x, weight), device)[0] for _ in range(10))
 
 
 def machine(device: torch.device) -> str:
@@ -266,41 +402,224 @@ def machine(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu
 
 
+class Report:
+    """The table on the screen, and the same in a file, anew after each line."""
+
+    def __init__(self, facts: dict, path: Path | None):
+        self.content, self.path = {**facts, "rows": []}, path
+        print(f"{'what':<54}{'ours':>10}{'peer':>10}{'reached':>9}{'asked':>7}", flush=True)
+
+    def add(self, what: str, ours: float, peer: float | None, asked: float, limit: float | None = None, note: str = "") -> None:
+        reached = peer / ours if peer else ours
+        met = reached >= asked if peer else reached <= asked
+        verdict = "" if met else "  missed" + (f": matrix products alone allow {limit:.2f}" if limit else "")
+        shown = f"{peer:>8.3f} s" if peer else f"{'-':>10}"
+        print(f"{what:<54}{ours:>8.3f}{' s' if peer else '  '}{shown}{reached:>9.2f}{asked:>7.2f}{verdict}{note}", flush=True)
+        row = {"what": what, "ours": ours, "peer": peer, "reached": reached, "asked": asked, "limit": limit}
+        self.write(rows=[*self.content["rows"], row])
+
+    def write(self, **values) -> None:
+        self.content |= values
+        if self.path:
+            runtime.write_json(self.path, self.content)
+
+
+# --- what has no peer
+
+
+def default_run(report: Report, folder: Path) -> None:
+    """Wall time of the embedded data set's default run, from its own log."""
+    log = folder / "log.jsonl"
+    if not log.is_file():
+        return print(f"the default run's time: no {log}; python train.py writes it")
+    last = json.loads(log.read_text().splitlines()[-1])
+    if last["event"] == "test":
+        report.add(f"the default run, seconds ({folder})", last["seconds"], None, 300)
+
+
+def some_seconds(side: Side, device: torch.device) -> float:
+    """Median of at least three calls and a second, after a warm-up."""
+    timed(side, device)
+    spent: list[float] = []
+    while len(spent) < 3 or sum(spent) < 1:
+        spent.append(timed(side, device)[0])
+    return median(spent)
+
+
+def small_step(device: torch.device, number=2, triplets=8, modalities=3, image_size=(64, 128)) -> Side:
+    """A training step of the embedded data set's model, as train.py takes it in stage `number`."""
+    config = GraFTConfig(tuple(f"m{i}" for i in range(modalities)), **{**SMALL, "image_size": image_size})
+    return on_triplets(*our_step(GraFT(config), train.EMBEDDED.stages[number - 1], "auto", device), config, triplets, device)
+
+
+def memory(field: str) -> float:
+    """GB of this process: resident now ("VmRSS") or at most ("VmHWM"). Linux counts so."""
+    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def large_ranking(report: Report, device: torch.device, num_query: int = 3000, num_gallery: int = 500_000) -> dict[str, dict]:
+    """Seconds over the size of the gallery, for a tenth of the queries; of the largest with all of them the memory, too."""
+    query, gallery, pids, keys = features(num_query, num_gallery, 5000, 6)
+
+    def rank(queries: int, samples: int) -> None:
+        ids = (part[:n] for pair in (pids, keys) for part, n in zip(pair, (queries, samples), strict=True))
+        evaluate.rank_metrics(query[:queries], gallery[:samples], *ids)
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    before = memory("VmRSS")
+    seconds, _ = timed(partial(rank, num_query, num_gallery), device)
+    what = f"ranking {num_query:,} by {num_gallery:,}, GB over the features"
+    report.add(what, memory("VmHWM") - before, None, 1.0, note=f"  ({seconds:.0f} s)")
+    few, samples = num_query // 10, [num_gallery // n for n in (100, 50, 20, 10, 5, 2, 1)]
+    return {f"ranking {few} queries over gallery samples": {n: timed(partial(rank, few, n), device)[0] for n in samples}}
+
+
+def growth(device: torch.device) -> dict[str, dict]:
+    """Seconds of a training step over what makes it dear."""
+    sizes = ((32, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
+    curves = {
+        "a step over its triplets": {n: small_step(device, triplets=n) for n in (1, 2, 4, 8, 16, 32)},
+        "a step of 8 triplets over modalities": {n: small_step(device, modalities=n) for n in range(1, 7)},
+        "a step of 8 triplets over an image's tokens": {
+            H * W // 256 + 2: small_step(device, image_size=(H, W)) for H, W in sizes
+        },
+    }
+    return {name: {x: some_seconds(side, device) for x, side in sides.items()} for name, sides in curves.items()}
+
+
+def ranks(device: torch.device, triplets: int = 26) -> list[dict]:
+    """What each of the ranks of one step of `triplets` takes, stage by stage; rank 0 knows what went over the wire."""
+    result = []
+    for number in (1, 2):
+        side = small_step(device, number, triplets // runtime.world_size())
+        timed(side, device)
+        timed(side, device)  # the second step makes DistributedDataParallel's buckets anew
+        before, count = sent(), 5
+        seconds = median(timed(side, device)[0] for _ in range(count))
+        result.append({"seconds": seconds, "bytes": (sent() - before) / count / runtime.world_size()})
+    return result
+
+
+def sent() -> int:
+    """Bytes that went over the loopback interface so far. Linux counts so."""
+    return int(re.search(r"lo:\s*(\d+)", Path("/proc/net/dev").read_text())[1])
+
+
+def two_ranks(device: torch.device) -> dict:
+    """A step by two processes with half of the threads each, against one process; what each sends."""
+    threads = max(1, torch.get_num_threads() // 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    command += ["--device", device.type]
+    child = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"two ranks: {child.stderr[-2000:]}")
+    result = {"one": ranks(device), "two": json.loads(child.stdout.splitlines()[-1])}
+    for number, (one, two) in enumerate(zip(*result.values(), strict=True), 1):
+        model = GraFT(GraFTConfig(**SMALL))
+        model.freeze_backbone(train.EMBEDDED.stages[number - 1].frozen)
+        gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        print(
+            f"stage {number}, a step of 26 triplets: two ranks {two['seconds']:.3f} s, one {one['seconds']:.3f} s;"
+            f" sent by each of two {two['bytes'] / 1e6:.2f} MB, gradients {gradients / 1e6:.2f} MB"
+        )
+    return result
+
+
+# --- GPU
+
+
+def gpu(report: Report, device: torch.device, triplets: int = 26) -> None:
+    """The paper's stage-2 step: against the GPU's own rate, against the published way, and the largest batch in 48 GB."""
+    *ours, peer = step_sides(2, device, triplets, ("bf16",))
+    with FlopCounterMode(display=False) as counter:
+        ours[0]()
+    rate, seconds = matrix_rate("bf16", device), some_seconds(ours[0], device)
+    share, what = counter.get_total_flops() / seconds / rate, f"GPU step, stage 2, {triplets} triplets, bf16"
+    report.add(f"{what}: matrix rate by 0.35 of it", 0.35 * seconds, share * seconds, 1.0, note=f"  (share {share:.2f})")
+    for name, allowed, asked in (("off", False, 6.0), ("on", True, 1.6)):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+        report.add(f"{what}: published way, TF32 {name}", seconds, some_seconds(peer, device), asked)
+    del ours, peer
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 48e9 / torch.cuda.get_device_properties(device).total_memory))
+    low, high = 0, 512
+    while high - low > 4:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle, device) else (low, middle)
+    print(f"largest batch of triplets in 48 GB, activation checkpointing: {low} (asked 100, the paper: {triplets})")
+
+
+def fits(triplets: int, device: torch.device) -> bool:
+    """Whether the GPU's memory is enough for a stage-2 step of DeiT-B."""
+    model = GraFT(GraFTConfig())
+    model.backbone.checkpointing = True
+    try:
+        on_triplets(*our_step(model, train.PAPER.stages[1], "bf16", device), model.config, triplets, device)()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
+
+
+# --- command line
+
+
 @runtime.program
 def main() -> None:
+    core = [key for key, row in ROWS.items() if not row.full]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", metavar="KEY,...", default=",".join(ROWS), help="default: %(default)s")
+    parser.add_argument("--rows", metavar="KEY,...", help=f"some of {', '.join(ROWS)} (default: the core ones)")
+    parser.add_argument("--full", action="store_true", help="all rows, 500,000 gallery samples, growth, two ranks; on Linux")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --full: draw how cost grows (matplotlib)")
+    parser.add_argument("--run", type=Path, default="runs/synthetic", help="the default run's folder (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side, at least (default: %(default)s)")
-    parser.add_argument("--large", action="store_true", help="only rank 3,000 queries against 500,000 samples, for its memory")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, anew after each of them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, anew after each row")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
     args = parser.parse_args()
-    chosen = args.rows.split(",")
+    chosen = args.rows.split(",") if args.rows else list(ROWS) if args.full else core
     if unknown := [key for key in chosen if key not in ROWS]:
         raise UserError(f"--rows: no row {', '.join(unknown)}; expected some of {', '.join(ROWS)}")
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: expected at least 1")
+    if args.plot:
+        pictures.need_matplotlib()
     device = runtime.start(args.device)
+    torch.manual_seed(args.seed)
+    if runtime.world_size() > 1:  # as two_ranks starts it
+        return runtime.print0(json.dumps(ranks(device)))
     bf16 = "fast" if runtime.bf16_is_fast(device) else "emulated"
-    report = {"machine": machine(device), "device": str(device), "torch": torch.__version__, "bf16": bf16, "rows": []}
     print("settings:", vars(args))
     print(f"{machine(device)}; {device}, {torch.get_num_threads()} threads; torch {torch.__version__}; bf16 is {bf16} here")
-    if args.large:
-        return print(large_ranking())
-    print(f"{'what':<44}{'ours':>10}{'peer':>10}{'ratio':>8}{'asked':>8}", flush=True)
+    rates = {precision: matrix_rate(precision, device) for precision in ("bf16", "fp32")}
+    print("matrix products, GFLOP/s:", "  ".join(f"{precision} {rate / 1e9:.0f}" for precision, rate in rates.items()))
+    facts = {"machine": machine(device), "device": str(device), "torch": torch.__version__, "bf16": bf16, "rates": rates}
+    report = Report(facts, args.json)
+    curves = large_ranking(report, device) if args.full else {}
     progress = tqdm(chosen, disable=None, leave=False)
     for key in progress:
         progress.set_description(key)
+        torch.manual_seed(args.seed)
         row = ROWS[key]
-        ours, peer = measure(row, device, args.repeats, args.seed)
+        seconds, operations = measure(row, device, args.repeats)
         progress.clear()
-        missed = "" if peer / ours >= row.asked else "  missed"
-        print(f"{row.what:<44}{ours:>8.3f} s{peer:>8.3f} s{peer / ours:>8.2f}{row.asked:>8.2f}{missed}", flush=True)
-        result = {"key": key, "what": row.what, "ours": ours, "peer": peer, "ratio": peer / ours, "asked": row.asked}
-        report["rows"].append(result)
-        if args.json:
-            runtime.write_json(args.json, report)
+        for line, ours, count in zip(row.lines, seconds, operations, strict=False):
+            peer = seconds[-1] if len(seconds) > len(row.lines) else None
+            limit = peer * rates[line.precision] / count if line.precision else None
+            report.add(line.what, ours, peer, line.asked, limit)
+    if not args.rows:
+        default_run(report, args.run)
+    if device.type == "cuda":
+        gpu(report, device)
+    if args.full:
+        curves |= growth(device)
+        for name, values in curves.items():
+            print(f"{name}: " + "  ".join(f"{x:,}: {seconds:.3f} s" for x, seconds in values.items()), flush=True)
+        report.write(growth=curves, ranks=two_ranks(device))
+    if args.plot:
+        panels = [{"lines": {"": (list(values), list(values.values()))}, "xlabel": name} for name, values in curves.items()]
+        pictures.chart([{**panel, "ylabel": "seconds", "ylim": (0, None)} for panel in panels], args.plot)
 
 
 if __name__ == "__main__":

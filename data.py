@@ -380,14 +380,17 @@ def _index(
     )
     files: dict[str, dict[str, tuple[Path, int | None]]] = {}
     real, inside = base.resolve(), set()
+    start = len(str(base / "x")) - 1  # of a path below it
     for folder, held in folders.items():
         for path in sorted(base.glob(layout.pattern.format(split=layout.splits[i], modality=folder)), key=str):
-            if path.suffix.lower() in SUFFIXES:
-                if (path.is_symlink() or path.parent not in inside) and not path.resolve().is_relative_to(real):
+            name, suffix = os.path.splitext(path)
+            if suffix.lower() in SUFFIXES:
+                parent = os.path.dirname(name)
+                if (os.path.islink(path) or parent not in inside) and not path.resolve().is_relative_to(real):
                     wrong.append(f"{path}: leads to {path.resolve()}, out of the data set; put a copy in its place")
                     continue
-                inside.add(path.parent)
-                places = path.relative_to(base).with_suffix("").parts
+                inside.add(parent)
+                places = name[start:].split(os.sep)
                 images = files.setdefault("/".join(places[star] for star in stars), {})
                 if held[0] in images:
                     wrong.append(f"{path}: the same sample as {images[held[0]][0].name}; remove one of them")

@@ -147,6 +147,13 @@ class TrainingStep(nn.Module):
         return self.criterion(embeddings, logits, labels)
 
 
+def on_all_ranks(step: TrainingStep, unused: bool = False) -> nn.Module:
+    """The step, whose gradients become means over the ranks; of what is frozen nothing is sent."""
+    if runtime.world_size() == 1:
+        return step
+    return DistributedDataParallel(step, gradient_as_bucket_view=True, find_unused_parameters=unused)
+
+
 @dataclass
 class Progress:
     """Where a run is: what is done of which stage, and what the unfinished epoch's losses come to so far."""
@@ -227,10 +234,8 @@ def train_stage(run: Run, number: int, stage: Stage, progress: Progress, optimiz
     if stage.beta and not optimizer_state:
         features = evaluate.embed(model, run.dataset.train, run.dataset.mean, run.dataset.std, run.device, args.precision)
         criterion.center.start_at_means(features, run.labels(run.dataset.train.pids))
-    step = TrainingStep(model, criterion, run.device, args.precision)
-    if runtime.world_size() > 1:
-        unused = args.modality_dropout > 0  # a step leaves the encoder of a dropped modality out
-        step = DistributedDataParallel(step, gradient_as_bucket_view=True, find_unused_parameters=unused)
+    # with modality dropout a step leaves the encoder of a dropped modality out
+    step = on_all_ranks(TrainingStep(model, criterion, run.device, args.precision), unused=args.modality_dropout > 0)
     optimizer = make_optimizer(model, criterion, stage, args.center_lr)
     if optimizer_state:
         fresh = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
