@@ -407,15 +407,15 @@ class Report:
 
     def __init__(self, facts: dict, path: Path | None):
         self.content, self.path = {**facts, "rows": []}, path
-        print(f"{'what':<54}{'ours':>10}{'peer':>10}{'reached':>9}{'asked':>7}", flush=True)
+        print(f"{'what':<54}{'ours':>10}{'peer':>10}{'reached':>9}{'asked':>15}", flush=True)
 
-    def add(self, what: str, ours: float, peer: float | None, asked: float, limit: float | None = None, note: str = "") -> None:
-        reached = peer / ours if peer else ours
-        met = reached >= asked if peer else reached <= asked
-        verdict = "" if met else "  missed" + (f": matrix products alone allow {limit:.2f}" if limit else "")
-        shown = f"{peer:>8.3f} s" if peer else f"{'-':>10}"
-        print(f"{what:<54}{ours:>8.3f}{' s' if peer else '  '}{shown}{reached:>9.2f}{asked:>7.2f}{verdict}{note}", flush=True)
-        row = {"what": what, "ours": ours, "peer": peer, "reached": reached, "asked": asked, "limit": limit}
+    def add(self, what: str, reached: float, asked: float, times=(), most=False, limit: float | None = None, note="") -> None:
+        """A line: `asked` is the least that is to be reached, or the `most`; `times` are our seconds and the peer's."""
+        missed = reached > asked if most else reached < asked
+        verdict = ("  missed" + (f": matrix products alone allow {limit:.2f}" if limit else "")) if missed else ""
+        shown = "".join(f"{seconds:>8.3f} s" for seconds in times) or " " * 20
+        print(f"{what:<54}{shown}{reached:>9.2f}{'at most' if most else '':>9}{asked:>6.2f}{verdict}{note}", flush=True)
+        row = {"what": what, "reached": reached, "asked": asked, "most": most, "seconds": times, "limit": limit}
         self.write(rows=[*self.content["rows"], row])
 
     def write(self, **values) -> None:
@@ -434,7 +434,7 @@ def default_run(report: Report, folder: Path) -> None:
         return print(f"the default run's time: no {log}; python train.py writes it")
     last = json.loads(log.read_text().splitlines()[-1])
     if last["event"] == "test":
-        report.add(f"the default run, seconds ({folder})", last["seconds"], None, 300)
+        report.add(f"the default run, seconds ({folder})", last["seconds"], 300, most=True)
 
 
 def some_seconds(side: Side, device: torch.device) -> float:
@@ -469,7 +469,7 @@ def large_ranking(report: Report, device: torch.device, num_query: int = 3000, n
     before = memory("VmRSS")
     seconds, _ = timed(partial(rank, num_query, num_gallery), device)
     what = f"ranking {num_query:,} by {num_gallery:,}, GB over the features"
-    report.add(what, memory("VmHWM") - before, None, 1.0, note=f"  ({seconds:.0f} s)")
+    report.add(what, memory("VmHWM") - before, 1.0, most=True, note=f"  ({seconds:.0f} s)")
     few, samples = num_query // 10, [num_gallery // n for n in (100, 50, 20, 10, 5, 2, 1)]
     return {f"ranking {few} queries over gallery samples": {n: timed(partial(rank, few, n), device)[0] for n in samples}}
 
@@ -534,11 +534,12 @@ def gpu(report: Report, device: torch.device, triplets: int = 26) -> None:
     with FlopCounterMode(display=False) as counter:
         ours[0]()
     rate, seconds = matrix_rate("bf16", device), some_seconds(ours[0], device)
-    share, what = counter.get_total_flops() / seconds / rate, f"GPU step, stage 2, {triplets} triplets, bf16"
-    report.add(f"{what}: matrix rate by 0.35 of it", 0.35 * seconds, share * seconds, 1.0, note=f"  (share {share:.2f})")
+    what = f"GPU step, stage 2, {triplets} triplets"
+    report.add(f"{what}: share of the bf16 matrix rate", counter.get_total_flops() / seconds / rate, 0.35)
     for name, allowed, asked in (("off", False, 6.0), ("on", True, 1.6)):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-        report.add(f"{what}: published way, TF32 {name}", seconds, some_seconds(peer, device), asked)
+        theirs = some_seconds(peer, device)
+        report.add(f"{what}: bf16 by fp32, TF32 {name}", theirs / seconds, asked, (seconds, theirs))
     del ours, peer
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, 48e9 / torch.cuda.get_device_properties(device).total_memory))
@@ -546,7 +547,7 @@ def gpu(report: Report, device: torch.device, triplets: int = 26) -> None:
     while high - low > 4:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle, device) else (low, middle)
-    print(f"largest batch of triplets in 48 GB, activation checkpointing: {low} (asked 100, the paper: {triplets})")
+    report.add("GPU: most triplets a step in 48 GB, checkpointing", low, 100)
 
 
 def fits(triplets: int, device: torch.device) -> bool:
@@ -605,9 +606,11 @@ def main() -> None:
         seconds, operations = measure(row, device, args.repeats)
         progress.clear()
         for line, ours, count in zip(row.lines, seconds, operations, strict=False):
-            peer = seconds[-1] if len(seconds) > len(row.lines) else None
-            limit = peer * rates[line.precision] / count if line.precision else None
-            report.add(line.what, ours, peer, line.asked, limit)
+            if len(seconds) == len(row.lines):  # no peer
+                report.add(line.what, ours, line.asked, most=True)
+                continue
+            limit = seconds[-1] * rates[line.precision] / count if line.precision else None
+            report.add(line.what, seconds[-1] / ours, line.asked, (ours, seconds[-1]), limit=limit)
     if not args.rows:
         default_run(report, args.run)
     if device.type == "cuda":

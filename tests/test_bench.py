@@ -57,7 +57,7 @@ def test_report(tmp_path):
     result = run("bench.py", "--rows", "triplets,index", "--json", tmp_path / "bench.json", "--repeats", 1)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["asked"] for row in rows] == [0.3, 1.0] and all(row["ours"] > 0 and row["peer"] is None for row in rows)
+    assert [row["asked"] for row in rows] == [0.3, 1.0] and all(row["reached"] > 0 and row["most"] for row in rows)
     assert "triplet list of 25,200 images" in result.stdout
 
 
