@@ -150,6 +150,7 @@ TABLES = {
                 "without these and cross-entropy on all: FFD, anchors",
                 "--recipe plus --sampling triplets --triplet FFD --cross-entropy anchors",
             ),
+            Row("without patch dropout: half as many epochs in stage 2", "--recipe plus --patch-dropout 0 0"),
             Row("without the cosine schedule", "--recipe plus --schedule sqrt sqrt"),
             Row("without label smoothing in stage 1", "--recipe plus --label-smoothing 0 0.1"),
             Row("without BNNeck features", "--recipe plus --no-bnneck-features"),

@@ -129,18 +129,28 @@ class ViT(nn.Module):
     def train(self, mode: bool = True) -> "ViT":
         return super().train(mode and not self.frozen)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:
+        """`patch_dropout` leaves that share of each image's patches out, by chance (PatchDropout, Liu et al. 2023)."""
         if images.shape[-2:] != self.image_size:
             raise ValueError(f"images of {tuple(images.shape[-2:])}: the model takes {self.image_size}")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             prefix = [token.expand(len(images), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
             x = torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed  # (B, N, D)
+            if patch_dropout:
+                x = torch.cat([x[:, : len(prefix)], random_patches(x[:, len(prefix) :], 1 - patch_dropout)], 1)
             for block in self.blocks:
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, use_reentrant=False)
                 else:
                     x = block(x)
             return self.norm(x)  # Eq. (2)
+
+
+def random_patches(patches: Tensor, share: float) -> Tensor:
+    """A random share of each image's patches (B, P, D), at least one."""
+    B, P, D = patches.shape
+    chosen = torch.rand(B, P, device=patches.device).topk(max(1, round(share * P)), 1).indices
+    return patches.gather(1, chosen[..., None].expand(-1, -1, D))
 
 
 # --- modality encoder (sections 3.1, 5.2)
@@ -279,10 +289,14 @@ class MultiModalModel(nn.Module):
     def __init__(self, config: GraFTConfig, width: int):
         super().__init__()
         self.config, self.width = config, width
+        self.patch_dropout = 0.0  # of a training step, see ViT
         self.bottleneck = SyncBatchNorm1d(width)  # BNNeck (Luo et al. 2019)
         self.bottleneck.bias.requires_grad_(False)
         self.classifier = nn.Linear(width, config.num_ids, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def look(self, backbone: ViT, images: Tensor) -> Tensor:
+        return backbone(images, self.patch_dropout if self.training else 0.0)
 
     def new_backbone(self, channels: int = 3) -> ViT:
         config = self.config
@@ -330,7 +344,7 @@ class SharedBackboneModel(MultiModalModel):
     def extract(self, images: dict[str, Tensor]) -> Tensor:
         """Data tokens of all modalities, (B, M, N, D)."""
         B, M = len(next(iter(images.values()))), len(images)
-        tokens = self.backbone(torch.cat(list(images.values())))  # (M * B, N, D)
+        tokens = self.look(self.backbone, torch.cat(list(images.values())))  # (M * B, N, D)
         return tokens.unflatten(0, (M, B)).transpose(0, 1)
 
 
@@ -409,7 +423,7 @@ class MultiStream(MultiModalModel):
     def fuse(self, images: dict[str, Tensor]) -> Embeddings:
         streams = []
         for modality, image in images.items():
-            streams.append(self.encoders[modality](self.backbone[modality](image), [0])[:, 0].float())
+            streams.append(self.encoders[modality](self.look(self.backbone[modality], image), [0])[:, 0].float())
         embedding = torch.stack(streams).mean(0)
         return Embeddings(embedding, embedding)
 
@@ -424,7 +438,7 @@ class EarlyFusion(MultiModalModel):
     def fuse(self, images: dict[str, Tensor]) -> Embeddings:
         absent = torch.zeros_like(next(iter(images.values())))
         stacked = torch.cat([images.get(modality, absent) for modality in self.config.modalities], 1)  # (B, 3 * M, H, W)
-        embedding = self.encoder(self.backbone(stacked), [0])[:, 0].float()
+        embedding = self.encoder(self.look(self.backbone, stacked), [0])[:, 0].float()
         return Embeddings(embedding, embedding)
 
 

@@ -44,6 +44,7 @@ class Stage:
     beta: float  # center loss
     label_smoothing: float
     epoch_steps: int = 0  # ends an epoch early; 0: all triplets
+    patch_dropout: float = 0.0  # ours
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ PLUS = {  # --recipe plus, ours: the field's known means together; ablate.py --t
     "schedule": ("cosine", "cosine"),
     "label_smoothing": (0.1, 0.1),
     "bnneck_features": True,
+    "patch_dropout": (0.0, 0.5),  # with as many more epochs as that makes steps cheaper
 }
 
 
@@ -230,6 +232,7 @@ def train_stage(run: Run, number: int, stage: Stage, progress: Progress, optimiz
     model.freeze_backbone(stage.frozen)
     for backbone in model.backbones:
         backbone.checkpointing = args.checkpointing
+    model.patch_dropout = stage.patch_dropout
     criterion.weights(args.alpha, stage.beta, args.gamma, stage.label_smoothing)
     if stage.beta and not optimizer_state:
         features = evaluate.embed(model, run.dataset.train, run.dataset.mean, run.dataset.std, run.device, args.precision)
@@ -387,6 +390,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--modality-dropout", type=float, default=0.0, metavar="P", help="probability that a step lacks a modality"
     )
+    group.add_argument(
+        "--patch-dropout", type=float, nargs=2, metavar="P", help="share of patches left out of a step in stage 1, 2"
+    )
     keep_or_not = argparse.BooleanOptionalAction
     group.add_argument("--bnneck-features", action=keep_or_not, default=False, help="test what leaves the BNNeck")
     group.add_argument("--fusion-tokens", type=int, default=1, help="default: %(default)s")
@@ -430,6 +436,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.triplet == "hardest" and args.cross_entropy != "all":
         raise UserError("--triplet hardest needs the labels of all samples; add --cross-entropy all")
+    if not all(0 <= share <= 0.95 for share in args.patch_dropout or ()):
+        raise UserError(f"--patch-dropout {args.patch_dropout}: expected shares from 0 to 0.95")
     recipe = RECIPES.get(args.dataset, PAPER)
     for name in ("backbone", "backbone_weights", "image_size", "positives", "warmup_steps", "flips", "erase"):
         if getattr(args, name) is None:
@@ -438,6 +446,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given["frozen"] = args.frozen and [answer == "yes" for answer in args.frozen]
     stages = [{name: pair[i] for name, pair in given.items() if pair is not None} for i in range(2)]
     args.stages = tuple(replace(stage, **changes) for stage, changes in zip(recipe.stages, stages, strict=True))
+    if args.recipe == "plus" and not args.epochs:  # a step on fewer patches costs as much less
+        args.stages = tuple(replace(stage, epochs=round(stage.epochs / (1 - stage.patch_dropout))) for stage in args.stages)
+    if args.data_token + args.fusion_tokens > 2 - args.no_distilled and any(stage.patch_dropout for stage in args.stages):
+        raise UserError(f"--patch-dropout: leaves data token {args.data_token} out; expected one that is no patch's")
     args.triplet = args.triplet or ("FFD" if args.fusion == "graft" else "FFF")
     args.image_size = tuple(args.image_size)
     args.out = args.out or Path("runs") / args.dataset

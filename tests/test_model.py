@@ -261,6 +261,28 @@ def test_checkpointing_changes_memory_not_gradients():
 # --- pretrained weights
 
 
+def test_patch_dropout_leaves_other_patches_of_each_image_out():
+    torch.manual_seed(0)
+    vit, images = ViT((64, 64), 16, 32, 0, 2), torch.randn(6, 3, 64, 64)  # no blocks: a token is its own patch's alone
+    whole, some = vit(images), vit(images, 0.75)
+    assert some.shape == (6, 2 + 4, 32)  # of 16 patches
+    torch.testing.assert_close(some[:, :2], whole[:, :2])
+    same = (some[:, 2:, None] - whole[:, None, 2:]).abs().amax(-1) < 1e-6  # (6, 4, 16)
+    assert (same.sum(-1) == 1).all() and (same.sum(1) <= 1).all()
+    assert len({tuple(row.tolist()) for row in same.any(1)}) > 1
+    assert vit(images, 1.0).shape == (6, 2 + 1, 32)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_patch_dropout_acts_in_training_only(fusion):
+    network, images = tiny(fusion=fusion, dropout=0.0), photos()
+    network.eval()
+    expected = network(images).fusion
+    network.patch_dropout = 0.5
+    assert torch.equal(network(images).fusion, expected)
+    assert not torch.allclose(network.train()(images).fusion, expected)
+
+
 def test_torchvision_weights(tmp_path):
     theirs = torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 128).eval()
     nn.init.normal_(theirs.heads.head.weight, std=0.02)

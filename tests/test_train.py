@@ -35,6 +35,12 @@ def test_recipe_plus_can_be_taken_apart(tiny_data, tmp_path):
     args = train.parse(["--recipe", "plus", "--no-bnneck-features", "--schedule", "sqrt", "sqrt"])
     assert (args.sampling, args.triplet, args.cross_entropy, args.bnneck_features) == ("identities", "hardest", "all", False)
     assert [(stage.schedule, stage.label_smoothing) for stage in args.stages] == [("sqrt", 0.1)] * 2
+    assert [stage.epochs for stage in args.stages] == [2, 4] and args.stages[1].patch_dropout == 0.5
+    assert train.parse(["--recipe", "plus", "--patch-dropout", "0", "0"]).stages[1].epochs == 2
+    with pytest.raises(train.UserError, match="shares from 0 to"):
+        train.parse(["--patch-dropout", "0", "1"])
+    with pytest.raises(train.UserError, match="leaves data token 2 out"):
+        train.parse(["--patch-dropout", "0", "0.5", "--data-token", "2"])
     out, plain = tmp_path / "plus", ["--schedule", "cosine", "cosine", "--epochs", 1, 1, "--batch-size", 4]
     done = run("train.py", *tiny_arguments(tiny_data, out), "--recipe", "plus", *plain)
     assert done.returncode == 0, done.stderr
