@@ -149,30 +149,34 @@ class Split(torch.utils.data.Dataset):
         return images, sample.pid, sample.key
 
     def _read(self, sample: Sample) -> dict[str, Tensor]:
-        opened: dict[Path, Image.Image] = {}
-        images = {}
+        files: dict[Path, dict[str, int | None]] = {}
         for modality in self.modalities:
             if modality in sample.images:
                 path, tile = sample.images[modality]
-                if path not in opened:
-                    opened[path] = read_image(path)
-                images[modality] = self._tile(opened[path], path, tile)
-        return images
+                files.setdefault(path, {})[modality] = tile
+        return {
+            modality: image
+            for path, tiles in files.items()
+            for modality, image in zip(tiles, self._tiles(path, list(tiles.values())), strict=True)
+        }
 
-    def _tile(self, image: Image.Image, path: Path, tile: int | None) -> Tensor:
-        W, H = image.size
-        box = (0, 0, W, H)
-        if tile is not None:
-            if W % (2 * H) or 2 * H * (tile + 1) > W:
-                raise UserError(
-                    f"{path}: {W}x{H} pixels; a mosaic has tiles twice as wide as high, here {2 * H}x{H},"
-                    f" at least {tile + 1} side by side"
-                )
-            box = (2 * H * tile, 0, 2 * H * (tile + 1), H)
-        pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)
-        if self.image_size and pixels.shape[1:] != self.image_size:  # as Pillow's, within 2 of 255, and several times as fast
-            pixels = F.interpolate(pixels[None], self.image_size, mode="bicubic", antialias=True)[0]
-        return pixels
+    def _tiles(self, path: Path, places: list[int | None]) -> Tensor:
+        """The tiles at these places of a mosaic, or [None] all of the image: (tiles, 3, H, W)."""
+        pixels = torch.from_numpy(np.array(read_image(path)))
+        H, W, _ = pixels.shape
+        if places == [None]:
+            tiles = pixels[None]
+        elif W % (2 * H) or 2 * H * (max(places) + 1) > W:
+            raise UserError(
+                f"{path}: {W}x{H} pixels; a mosaic has tiles twice as wide as high, here {2 * H}x{H},"
+                f" at least {max(places) + 1} side by side"
+            )
+        else:
+            tiles = pixels.unflatten(1, (-1, 2 * H)).transpose(0, 1)[places]
+        tiles = tiles.permute(0, 3, 1, 2)
+        if self.image_size and tiles.shape[2:] != self.image_size:  # as Pillow does, within 2 of 255, and several times as fast
+            tiles = F.interpolate(tiles, self.image_size, mode="bicubic", antialias=True)
+        return tiles
 
     def keep_in_memory(self) -> bool:
         """Decode everything once, if it fits in CACHE_BYTES: small sets then need no worker processes."""
