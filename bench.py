@@ -585,6 +585,8 @@ def main() -> None:
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: expected at least 1")
     if args.plot:
+        if not args.full:
+            raise UserError("--plot draws what --full measures: give both")
         pictures.need_matplotlib()
     device = runtime.start(args.device)
     torch.manual_seed(args.seed)
@@ -621,8 +623,12 @@ def main() -> None:
             print(f"{name}: " + "  ".join(f"{x:,}: {seconds:.3f} s" for x, seconds in values.items()), flush=True)
         report.write(growth=curves, ranks=two_ranks(device))
     if args.plot:
-        panels = [{"lines": {"": (list(values), list(values.values()))}, "xlabel": name} for name, values in curves.items()]
-        pictures.chart([{**panel, "ylabel": "seconds", "ylim": (0, None)} for panel in panels], args.plot)
+        panels = []
+        for name, values in curves.items():
+            x, y = list(values), list(values.values())
+            lines = {"measured": (x, y), "in proportion": (x, [y[-1] * size / x[-1] for size in x])}
+            panels.append({"lines": lines, "xlabel": name, "ylabel": "seconds", "ylim": (0, None)})
+        pictures.chart(panels, args.plot)
 
 
 if __name__ == "__main__":
