@@ -199,6 +199,15 @@ prune.main()
 """
 
 
+def test_a_checkpoint_of_fewer_settings_is_pruned(trained, tmp_path):
+    checkpoint = runtime.load_checkpoint(trained / "last.pt")
+    del checkpoint["settings"]["checkpoint_every"], checkpoint["settings"]["patch_dropout"]
+    runtime.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    quick = ["--rounds", 1, "--epoch-steps", 1, "--device", "cpu"]
+    done = run("prune.py", tmp_path / "last.pt", "--keep", 0.5, *quick, "--out", tmp_path / "pruned")
+    assert done.returncode == 0 and (tmp_path / "pruned/0.5.pt").exists(), done.stderr
+
+
 def test_two_ranks_prune_the_same_weights(trained, tmp_path):
     program = ["--no-python", sys.executable, "-c", SPY.replace("FOLDER", str(tmp_path))]
     done = torchrun(2, *program, *command(trained, tmp_path / "out", "--batch-size", 4, "--rounds", 1))
