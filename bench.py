@@ -367,8 +367,7 @@ def measure(row: Row, device: torch.device, repeats: int) -> tuple[list[float], 
     """Median seconds of each side, and the operations of its matrix products.
 
     The sides take turns. The first turn is a warm-up, but a call of more than 2 s counts; quick rows take more turns, those
-    of more than a minute two.
-    Raises RuntimeError where the sides' figures differ: they would not have done the same work.
+    of more than a minute two. Raises RuntimeError where the sides' figures differ: they would not have done the same work.
     """
     sides, seconds, operations, figures = row.sides(device), [], [], []
     for side in sides:
@@ -591,6 +590,8 @@ def main() -> None:
         raise UserError(f"--rows: no row {', '.join(unknown)}; expected some of {', '.join(ROWS)}")
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: expected at least 1")
+    if args.full and not sys.platform.startswith("linux"):
+        raise UserError(f"--full reads memory and traffic where Linux counts them, this is {sys.platform}; leave it out")
     if args.plot:
         if not args.full:
             raise UserError("--plot draws what --full measures: give both")

@@ -296,6 +296,7 @@ class MultiModalModel(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.001)
 
     def look(self, backbone: ViT, images: Tensor) -> Tensor:
+        """A backbone's tokens of images (B, 3, H, W): all, but for the patches that a training step leaves out."""
         return backbone(images, self.patch_dropout if self.training else 0.0)
 
     def new_backbone(self, channels: int = 3) -> ViT:

@@ -285,8 +285,8 @@ def main() -> None:
         raise UserError(f"{args.out}: was begun with {changed[0]} {progress['plan'][changed[0]]}, not {plan[changed[0]]}")
     if not last.exists():
         progress |= {"targets": _fractions(args, model), "start": kept(model) / prunable(model)}
-    kept_settings = {**vars(train.parse([])), **checkpoint["settings"]}  # an older checkpoint may lack some
-    settings = Namespace(**{**kept_settings, "seed": args.seed, "out": args.out, "device": args.device})
+    own = {"seed": args.seed, "out": args.out, "device": args.device}
+    settings = Namespace(**{**vars(train.parse([])), **checkpoint["settings"], **own})  # an older checkpoint may lack some
     settings.stages = tuple(train.Stage(**stage) for stage in settings.stages)
     for name in ("data_root", "precision", "workers", "batch_size"):
         if getattr(args, name) is not None:

@@ -258,9 +258,6 @@ def test_checkpointing_changes_memory_not_gradients():
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-# --- pretrained weights
-
-
 def test_patch_dropout_leaves_other_patches_of_each_image_out():
     torch.manual_seed(0)
     vit, images = ViT((64, 64), 16, 32, 0, 2), torch.randn(6, 3, 64, 64)  # no blocks: a token is its own patch's alone
@@ -281,6 +278,9 @@ def test_patch_dropout_acts_in_training_only(fusion):
     network.patch_dropout = 0.5
     assert torch.equal(network(images).fusion, expected)
     assert not torch.allclose(network.train()(images).fusion, expected)
+
+
+# --- pretrained weights
 
 
 def test_torchvision_weights(tmp_path):
