@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-import synthetic
+from extras import synthetic
 from runtime import UserError
 
 SPLITS = ("train", "query", "gallery")

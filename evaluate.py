@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import pictures
 import runtime
+from extras import pictures
 from model import GraFT, GraFTConfig, MultiModalModel, build_model
 from runtime import UserError
 

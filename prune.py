@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import evaluate
-import pictures
 import runtime
 import train
+from extras import pictures
 from model import MultiModalModel, build_model
 from runtime import UserError
 

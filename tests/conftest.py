@@ -27,7 +27,7 @@ def torchrun(processes: int, *command) -> subprocess.CompletedProcess:
 def tiny_data(tmp_path_factory) -> Path:
     """A rendered data set: 4 training and 3 test identities, 8 cameras, 2 captures each."""
     root = tmp_path_factory.mktemp("data") / "synthetic"
-    done = run("synthetic.py", "--out", root, "--train-ids", 4, "--test-ids", 3, "--captures", 2, "--workers", 1)
+    done = run("-m", "extras.synthetic", "--out", root, "--train-ids", 4, "--test-ids", 3, "--captures", 2, "--workers", 1)
     assert done.returncode == 0, done.stderr
     return root
 

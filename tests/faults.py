@@ -120,7 +120,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "synthetic"
-        command = ["synthetic.py", "--out", root, "--train-ids", 4, "--test-ids", 3, "--captures", 2, "--workers", 1]
+        command = ["-m", "extras.synthetic", "--out", root, "--train-ids", 4, "--test-ids", 3, "--captures", 2, "--workers", 1]
         run_program(*command).check_returncode()
         arguments = [*tiny_arguments(root, root), "--precision", args.precision, "--checkpoint-every", 2]
         results = try_faults(arguments, Path(folder), args.kills, args.seed)

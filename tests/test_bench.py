@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import run
 
-import bench
 import evaluate
 import train
+from extras import bench
 from losses import GraFTLoss
 from model import GraFT, GraFTConfig
 
@@ -54,7 +54,7 @@ def test_published_reader_reads_the_same_pixels(tmp_path):
 
 
 def test_report(tmp_path):
-    result = run("bench.py", "--rows", "triplets,index", "--json", tmp_path / "bench.json", "--repeats", 1)
+    result = run("-m", "extras.bench", "--rows", "triplets,index", "--json", tmp_path / "bench.json", "--repeats", 1)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["asked"] for row in rows] == [0.3, 1.0] and all(row["reached"] > 0 and row["most"] for row in rows)
@@ -62,5 +62,5 @@ def test_report(tmp_path):
 
 
 def test_unknown_row():
-    result = run("bench.py", "--rows", "step3")
+    result = run("-m", "extras.bench", "--rows", "step3")
     assert result.returncode == 2 and "no row step3" in result.stderr

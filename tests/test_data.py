@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 import runtime
-import synthetic
+from extras import synthetic
 from runtime import UserError
 
 COLOURS = {"rgb": (255, 0, 0), "nir": (0, 255, 0), "tir": (0, 0, 255)}

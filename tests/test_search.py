@@ -12,8 +12,7 @@ from PIL import Image
 
 import data
 import evaluate
-import pictures
-import search
+from extras import pictures, search
 from runtime import UserError
 
 
@@ -143,7 +142,7 @@ def photos(tiny_data, tmp_path):
 def test_from_photos_to_a_result(trained, photos, tmp_path):
     folder, gallery = photos
     npz, ckpt = tmp_path / "gallery.npz", trained / "last.pt"
-    done = run("search.py", ckpt, "index", folder, "--out", npz, "--precision", "fp32")
+    done = run("-m", "extras.search", ckpt, "index", folder, "--out", npz, "--precision", "fp32")
     assert done.returncode == 0 and "48 samples (48 with rgb, 0 with nir, 36 with tir)" in done.stdout, done.stderr
     arrays = np.load(npz)
     assert arrays["features"].dtype == np.float32 and arrays["features"].shape == (48, 192)
@@ -155,7 +154,20 @@ def test_from_photos_to_a_result(trained, photos, tmp_path):
         np.testing.assert_allclose(arrays["features"][of_file[i]], whole[i], atol=1e-5)
     name = arrays["names"][of_file[5]]
     words = [f"tir={folder}/tir/{name}.png", f"rgb={folder}/rgb/{name}.png"]
-    done = run("search.py", ckpt, "query", npz, *words, "--top", 3, "--picture", tmp_path / "found.png", "--precision", "fp32")
+    done = run(
+        "-m",
+        "extras.search",
+        ckpt,
+        "query",
+        npz,
+        *words,
+        "--top",
+        3,
+        "--picture",
+        tmp_path / "found.png",
+        "--precision",
+        "fp32",
+    )
     assert done.returncode == 0, done.stderr
     table = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
     assert table[0] == ["1", "1.000", str(name)] and len(table) == 3

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import synthetic
-from synthetic import ATTRIBUTES, BODY, FIELD, MIN_DISTANCE, STUDIO, Scene, capture, vehicle_faces, vehicles
+from extras import synthetic
+from extras.synthetic import ATTRIBUTES, BODY, FIELD, MIN_DISTANCE, STUDIO, Scene, capture, vehicle_faces, vehicles
 
 AXES = list(ATTRIBUTES)
 

@@ -1,7 +1,7 @@
 """Pretrain the small backbone on RGB images of other vehicles than the embedded data set's: plain classification.
 
-    python synthetic.py --out data/pretrain --first-id 1001 --train-ids 1200 --test-ids 1 --captures 4 --studio
-    python pretrain.py --data-root data/pretrain --out weights/vit-small-rgb.pth
+    python -m extras.synthetic --out data/pretrain --first-id 1001 --train-ids 1200 --test-ids 1 --captures 4 --studio
+    python -m extras.pretrain --data-root data/pretrain --out weights/vit-small-rgb.pth
 
 What DeiT's ImageNet weights are to the paper, these are to the embedded data set: a backbone that knows colour images.
 """

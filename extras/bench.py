@@ -1,8 +1,8 @@
 """Time this code beside its peers, in the same run and in turns, and print how many times as fast it is.
 
-python bench.py                            the core rows, some minutes
-python bench.py --rows step1,step2         some of them
-python bench.py --full --plot growth.png   all of them, and how cost grows with batch, modalities, tokens, gallery and ranks
+python -m extras.bench                            the core rows, some minutes
+python -m extras.bench --rows step1,step2         some of them
+python -m extras.bench --full --plot growth.png   all of them, and how cost grows with batch, modalities, tokens, gallery and ranks
 
 A ratio is the peer's median time by ours. Bare times say little on a shared machine: they are shown, and judged only where
 no peer is. Where less than what was asked is reached, the machine's own rate of matrix products says how much could be.
@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 import data
 import evaluate
-import pictures
 import prune
 import runtime
 import train
+from extras import pictures
 from losses import GraFTLoss, triplet_soft_margin
 from model import BACKBONES, GraFT, GraFTConfig, ViT
 from runtime import UserError
@@ -514,7 +514,7 @@ def sent() -> int:
 def two_ranks(device: torch.device) -> dict:
     """A step by two processes with half of the threads each, against one process; what each sends."""
     threads = max(1, torch.get_num_threads() // 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "extras.bench"]
     command += ["--device", device.type]
     child = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
     if child.returncode:

@@ -1,7 +1,7 @@
 """Search for an object: embed a folder of images once, then ask which of its samples show the object of a few photos.
 
-python search.py runs/synthetic/last.pt index FOLDER --out gallery.npz              FOLDER/MODALITY/NAME.jpg
-python search.py runs/synthetic/last.pt query gallery.npz rgb=a.jpg tir=b.jpg       prints and draws the best matches
+python -m extras.search runs/synthetic/last.pt index FOLDER --out gallery.npz              FOLDER/MODALITY/NAME.jpg
+python -m extras.search runs/synthetic/last.pt query gallery.npz rgb=a.jpg tir=b.jpg       prints and draws the best matches
 
 A sample may lack modalities; the files of one have the same name. gallery.npz holds plain arrays: features (N, D), float32,
 L2-normalised, so that their product is the cosine; names (N,); files (N, M), "" where a modality is absent; modalities (M,).
@@ -15,8 +15,8 @@ import numpy as np
 
 import data
 import evaluate
-import pictures
 import runtime
+from extras import pictures
 from model import MultiModalModel
 from runtime import UserError
 
@@ -72,7 +72,7 @@ def index(args: argparse.Namespace, model: MultiModalModel, checkpoint: dict) ->
 def read_gallery(path: Path, checkpoint: str, width: int) -> dict[str, np.ndarray]:
     """The arrays that `index` wrote, with a model's own features. Raises UserError for anything else."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; make it by: python search.py CKPT index FOLDER --out {path}")
+        raise UserError(f"{path}: no such file; make it by: python -m extras.search CKPT index FOLDER --out {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
             gallery = {name: file[name] for name in ("features", "names", "files", "modalities", "model")}

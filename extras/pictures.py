@@ -1,6 +1,6 @@
 """Pictures: sheets of images by Pillow, charts by matplotlib, which only they need.
 
-python pictures.py runs/synthetic            draws RUN/curves.png from RUN/log.jsonl
+python -m extras.pictures runs/synthetic            draws RUN/curves.png from RUN/log.jsonl
 """
 
 import argparse
