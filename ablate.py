@@ -1,11 +1,11 @@
 """Train and evaluate the rows of a table of the paper, and print ours beside the paper's.
 
-python ablate.py --table 5                                                 on the embedded data set
+python ablate.py --table 5                                                 on the synthetic set
 python ablate.py --table 8 --seeds 1 --dry-run                             the commands alone
 torchrun --nproc_per_node=8 ablate.py --table 8 --dataset rgbnt100 --data-root DIR
 
-Whatever train.py takes besides may follow, and is for all rows: --short is one such set. Runs are kept in OUT: a call that
-was interrupted goes on where it stopped, and a row that two tables share is trained once.
+train.py's options may follow, for all rows: --short is one such set. Runs are kept in OUT: an
+interrupted call goes on where it stopped, and a row that two tables share is trained once.
 """
 
 import argparse
@@ -18,22 +18,31 @@ from typing import NamedTuple
 
 import data
 import evaluate
+import prune
 import runtime
 import train
-from runtime import UserError
+from losses import SCHEMES
+from runtime import UserError, whole
 
-SHORT = "--epochs 1 1 --epoch-steps 50 18"  # ours: at most 40 s a run on two CPU cores
+SHORT = "--epochs 1 1 --epoch-steps 50 18"  # ours: a smoke test, at most 40 s a run on two cores
 FIGURES = ("mAP", "R1", "R5", "R10")
 
 
 class Row(NamedTuple):
-    """`flags` are train.py's, None for a row that is only cited; `paper` its mAP, R1, R5, R10 in the paper, in percent;
-    `subset` the modalities to evaluate on, where they are not those of training."""
+    """`flags` are train.py's, None for a row that is only cited.
+
+    `paper`: its mAP, R1, R5, R10 in percent; `millions`: its parameters. `test`: options of
+    evaluate.py, for a row that is another look at a trained model; `prune`: options of prune.py, of
+    whose targets `target` is this row's.
+    """
 
     label: str
     flags: str | None
     paper: tuple[float, ...] = ()
-    subset: str = ""
+    millions: float = 0
+    test: str = ""
+    prune: str = ""
+    target: str = ""
 
 
 class Table(NamedTuple):
@@ -42,38 +51,104 @@ class Table(NamedTuple):
 
 
 GRAFT_100 = (76.6, 94.3, 95.3, 96.0)
-SUBSETS = [",".join(subset) for size in (1, 2, 3) for subset in combinations(("rgb", "nir", "tir"), size)]
-TABLES = {
-    "1": Table(
-        "Table 1, RGBNT100",
-        (
-            Row("HAMNet (78 M, cited)", None, (65.4, 85.5, 87.9, 88.8)),
-            Row("DANet (78 M, cited)", None),
-            Row("GAFNet (130 M, cited)", None, (74.4, 93.4, 94.5, 95.0)),
-            Row("Multi-Stream ViT", "--fusion multistream", (74.6, 91.3, 92.8, 93.5)),
-            Row("GraFT", "", GRAFT_100),
-        ),
+GRAFT_300 = (75.1, 92.1, 94.5, 95.2)
+COMPETITORS_100 = (
+    Row("HAMNet (cited)", None, (65.4, 85.5, 87.9, 88.8), 78),
+    Row("DANet (cited)", None, (), 78),
+    Row("GAFNet (cited)", None, (74.4, 93.4, 94.5, 95.0), 130),
+    Row("Multi-Stream ViT", "--fusion multistream", (74.6, 91.3, 92.8, 93.5), 274),
+)
+COMPETITORS_300 = (
+    Row("HAMNet (cited)", None, (61.9, 84.0, 86.0, 87.0), 52),
+    Row("DANet (cited)", None, (71.0, 89.9, 90.9, 91.5), 52),
+    Row("GAFNet (cited)", None, (72.7, 91.9, 93.6, 94.2), 130),
+    Row(
+        "Multi-Stream ViT",
+        "--modalities rgb,nir --fusion multistream",
+        (73.7, 91.9, 94.1, 94.8),
+        187,
     ),
+)
+SUBSETS = [",".join(s) for size in (1, 2, 3) for s in combinations(("rgb", "nir", "tir"), size)]
+
+# Section 5.4. The fractions are those of the paper's parameters: (76 - 17.4) / 84.9 M = 0.69, ...
+FINETUNING = "--rounds 1 --epoch-steps 40 --lr {lr}"  # ours, of the synthetic set; see RESULTS.md
+PRUNED_100 = {
+    "0.69": ((76.4, 94.0, 94.4, 94.6), 76),
+    "0.62": ((75.1, 94.1, 94.9, 95.5), 70),
+    "0.50": ((73.3, 92.2, 93.2, 94.2), 60),
+    "0.34": ((69.0, 90.2, 91.1, 91.7), 46),
+}
+PRUNED_300 = {
+    "0.80": ((75.1, 91.0, 91.8, 92.4), 80),
+    "0.70": ((74.7, 90.7, 91.53, 92.1), 71),
+    "0.50": ((74.5, 90.1, 91.1, 91.8), 54),
+    "0.39": ((72.48, 88.67, 90.0, 91.0), 45),
+    "0.28": ((65.9, 84.4, 84.4, 86.1), 36),
+    "0.14": ((56.2, 77.7, 79.2, 80.4), 24),
+}
+PUBLISHED = " ".join(f"{0.8**i:.3f}" for i in range(1, 10))  # 20% of what is left a round
+
+
+def pruned(fractions: dict, flags: str, options: str, label: str = "") -> tuple[Row, ...]:
+    """A row for each fraction of the prunable weights that is left, in one run of prune.py."""
+    options = f"--keep {' '.join(fractions)} {options}"
+    return tuple(
+        Row(f"{fraction} of the weights{label}", flags, *paper, prune=options, target=fraction)
+        for fraction, paper in fractions.items()
+    )
+
+
+def pruning_table(title: str, fractions: dict, flags: str, dense: Row) -> Table:
+    masks = pruned(fractions, flags, FINETUNING.format(lr="1e-4"))
+    cited_once = {fraction: () for fraction in fractions}
+    options = f"--structured {FINETUNING.format(lr='3e-4')}"
+    structured = pruned(cited_once, flags, options, ", smaller dense model")
+    published = pruned(
+        {fraction: () for fraction in PUBLISHED.split()},
+        flags,
+        "--rounds 1 --finetune-epochs 9 --lr 2e-6 --schedule cosine",
+        ", published schedule",
+    )
+    return Table(title, (dense, *masks, *structured, *published))
+
+
+def unless_triplet(label: str, flags: str, paper: tuple = ()) -> tuple[Row, Row]:
+    """A baseline with the triplets it can bear, FFF, and without any."""
+    return (
+        Row(label, flags, paper),
+        Row(f"{label}, no triplet loss (not in the paper)", f"{flags} --alpha 0"),
+    )
+
+
+TABLES = {
+    "1": Table("Table 1, RGBNT100", (*COMPETITORS_100, Row("GraFT", "", GRAFT_100, 101))),
     "2": Table(
-        "Table 2, RGBN300",
-        (
-            Row("HAMNet (52 M, cited)", None, (61.9, 84.0, 86.0, 87.0)),
-            Row("DANet (52 M, cited)", None, (71.0, 89.9, 90.9, 91.5)),
-            Row("GAFNet (130 M, cited)", None, (72.7, 91.9, 93.6, 94.2)),
-            Row("Multi-Stream ViT", "--modalities rgb,nir --fusion multistream", (73.7, 91.9, 94.1, 94.8)),
-            Row("GraFT", "--modalities rgb,nir", (75.1, 92.1, 94.5, 95.2)),
-        ),
+        "Table 2, RGBN300", (*COMPETITORS_300, Row("GraFT", "--modalities rgb,nir", GRAFT_300, 97))
+    ),
+    "3": pruning_table(
+        "Table 3, pruning on RGBNT100", PRUNED_100, "", Row("dense", "", GRAFT_100, 101)
+    ),
+    "4": pruning_table(
+        "Table 4, pruning on RGBN300",
+        PRUNED_300,
+        "--modalities rgb,nir",
+        Row("dense", "--modalities rgb,nir", (76.6, 94.3, 95.3, 96.0), 97),
     ),
     "5": Table(
         "Table 5, fusion on RGBNT100",
         (
-            Row("vanilla, new CLS token (text)", "--fusion cls", (60.3, 82.1, 79.8, 83.2)),
-            Row("vanilla, first modality's CLS (published code)", "--fusion first-cls"),
-            Row("vanilla, averaged token", "--fusion average", (62.0, 83.9, 85.9, 87.4)),
-            Row("vanilla, new CLS token, no triplet loss (not in the paper)", "--fusion cls --alpha 0"),
-            Row("vanilla, first modality's CLS, no triplet loss (not in the paper)", "--fusion first-cls --alpha 0"),
-            Row("early fusion (not in the paper)", "--fusion early"),
+            *unless_triplet(
+                "vanilla, new CLS token (text)", "--fusion cls", (60.3, 82.1, 79.8, 83.2)
+            ),
+            *unless_triplet("vanilla, first modality's CLS (published code)", "--fusion first-cls"),
+            *unless_triplet(
+                "vanilla, averaged token", "--fusion average", (62.0, 83.9, 85.9, 87.4)
+            ),
+            *unless_triplet("early fusion (not in the paper)", "--fusion early"),
+            *unless_triplet("Multi-Stream ViT", "--fusion multistream"),
             Row("GraFT, FFF", "--triplet FFF"),
+            Row("GraFT, no triplet loss (not in the paper)", "--alpha 0"),
             Row("GraFT, FFD", "", (76.4, 94.0, 94.4, 94.6)),
         ),
     ),
@@ -109,25 +184,50 @@ TABLES = {
             Row("DDF", "--triplet DDF", (57.6, 83.7, 86.9, 88.6)),
             Row("FDF", "--triplet FDF", (38.2, 60.1, 63.0, 65.0)),
             Row("no triplet loss (not in the paper)", "--alpha 0"),
+            *(
+                Row(
+                    f"{scheme}, tested on the data token (published code)",
+                    f"--triplet {scheme}",
+                    test="--test-token data",
+                )
+                for scheme in SCHEMES
+                if scheme.startswith("D")
+            ),
+        ),
+    ),
+    "fig1": Table(
+        "Fig. 1, parameters and mAP on RGBN300",
+        (
+            *COMPETITORS_300,
+            Row("GraFT", "--modalities rgb,nir", GRAFT_300, 97),
+            *pruned(PRUNED_300, "--modalities rgb,nir", FINETUNING.format(lr="1e-4"), ", GraFT"),
+        ),
+    ),
+    "backbone": Table(
+        "Section 3.2, pretrained weights (--deit FILE, --vit FILE)",
+        (
+            Row("DeiT-B distilled", "--backbone deit-b --backbone-weights {deit}"),
+            Row("ViT-B", "--backbone deit-b --no-distilled --backbone-weights {vit}"),
         ),
     ),
     "data-token": Table(
         "Section 6, index of the data token (the paper: standard deviation 0.0007 mAP)",
-        (Row("0", ""), *(Row(index, f"--data-token {index}") for index in ("5", "10", "15", "20", "25"))),
+        (Row("0", ""), *(Row(i, f"--data-token {i}") for i in ("5", "10", "15", "20", "25"))),
     ),
     "positives": Table(
         "Section 5.1, positives an anchor (at equal steps with --short or --epoch-steps)",
         tuple(Row(count, f"--positives {count}") for count in ("1", "2", "4", "8")),
     ),
     "fusion-tokens": Table(
-        "Section 5.2, fusion tokens", (Row("1", ""), *(Row(count, f"--fusion-tokens {count}") for count in ("2", "4")))
+        "Section 5.2, fusion tokens",
+        (Row("1", ""), *(Row(count, f"--fusion-tokens {count}") for count in ("2", "4"))),
     ),
     "stages": Table(
         "Section 4, stages and losses",
         (
             Row("frozen, then unfrozen", ""),
             Row("both stages unfrozen", "--frozen no no"),
-            Row("stage 2 alone, for all epochs", "--epochs 0 {total}"),
+            Row("stage 2 alone, for all epochs", "--epochs 0 {epochs}"),
             Row("both stages frozen", "--frozen yes yes"),
             Row("center loss in stage 1, too", "--beta 0.005 0.005"),
             Row("beta 0.0005 (section 4.2)", "--beta 0 0.0005"),
@@ -145,12 +245,18 @@ TABLES = {
             Row("the paper's recipe", ""),
             Row("plus", "--recipe plus"),
             Row("without identity-balanced batches", "--recipe plus --sampling triplets"),
-            Row("without balanced batches and hard triplets: FFF", "--recipe plus --triplet FFF --sampling triplets"),
+            Row(
+                "without balanced batches and hard triplets: FFF",
+                "--recipe plus --triplet FFF --sampling triplets",
+            ),
             Row(
                 "without these and cross-entropy on all: FFD, anchors",
                 "--recipe plus --sampling triplets --triplet FFD --cross-entropy anchors",
             ),
-            Row("without patch dropout: half as many epochs in stage 2", "--recipe plus --patch-dropout 0 0"),
+            Row(
+                "without patch dropout: half as many epochs in stage 2",
+                "--recipe plus --patch-dropout 0 0",
+            ),
             Row("without the cosine schedule", "--recipe plus --schedule sqrt sqrt"),
             Row("without label smoothing in stage 1", "--recipe plus --label-smoothing 0 0.1"),
             Row("without BNNeck features", "--recipe plus --no-bnneck-features"),
@@ -159,46 +265,100 @@ TABLES = {
     "missing": Table(
         "Beyond the paper: trained on three sensors, tested on some",
         (
-            *(Row(f"{subset}", "", subset=subset) for subset in SUBSETS),
-            *(Row(f"{subset}, modality dropout 0.3", "--modality-dropout 0.3", subset=subset) for subset in SUBSETS),
+            *(Row(subset, "", test=f"--modalities {subset}") for subset in SUBSETS),
+            *(
+                Row(
+                    f"{subset}, modality dropout 0.3",
+                    "--modality-dropout 0.3",
+                    test=f"--modalities {subset}",
+                )
+                for subset in SUBSETS
+            ),
         ),
     ),
 }
 
 
-def run(row: Row, common: list[str], seed: int, out: Path) -> dict:
+# --- a row
+
+
+def run(row: Row, words: list[str]) -> dict:
     """The figures of one row and seed: read where they are, else trained for, or gone on with."""
-    args = train.parse(command(row, common, seed, out))
-    metrics = once(args.out / "metrics.json", lambda: train.train(args))
-    figures = args.out / f"metrics-{row.subset}.json"
-    return once(figures, lambda: on_subset(row, args, figures)) if row.subset else metrics
+    args = train.parse(words)
+    metrics = kept(args.out / "metrics.json", lambda: train.train(args))
+    if row.test:
+        path = args.out / f"metrics{slug(row.test)}.json"
+        return kept(path, lambda: test_again(row, args, path))
+    if row.prune:
+        done = {line["label"]: line for line in prune_rows(row, args)}
+        return done[row.target]
+    return metrics
 
 
-def once(path: Path, make) -> dict:
+def kept(path: Path, make) -> dict:
     """What the file holds, or what `make()`, which writes it, returns. The ranks decide alike."""
     with runtime.rank0_first():
         done = path.exists()
     return json.loads(path.read_text()) if done else make()
 
 
-def on_subset(row: Row, args: argparse.Namespace, figures: Path) -> dict:
-    """The figures of a trained model on some of its modalities, written to a file, too."""
+def test_again(row: Row, args: argparse.Namespace, path: Path) -> dict:
+    """The figures of a trained model on some of its modalities, or on its other token."""
+    options = dict(zip(*[iter(row.test.split())] * 2, strict=True))
+    modalities = tuple(options.get("--modalities", ",".join(args.modalities or ())).split(","))
     device = runtime.start(args.device)
-    model, checkpoint = evaluate.load_model(args.out / "last.pt")
-    dataset = data.load_dataset(args.dataset, args.data_root, tuple(row.subset.split(",")), model.config.image_size)
-    splits = dataset.query, dataset.gallery, checkpoint["mean"], checkpoint["std"]
-    metrics = evaluate.evaluate(model.to(device), *splits, device, args.precision, args.workers)
+    embedder, _ = evaluate.load_embedder(
+        args.out / "last.pt", device, precision=args.precision, workers=args.workers
+    )
+    config = embedder.model.config
+    config.test_token = options.get("--test-token", config.test_token)
+    if "--modalities" not in options:
+        modalities = config.modalities
+    dataset = data.load_dataset(args.dataset, args.data_root, modalities, config.image_size)
+    ranking = evaluate.rank_splits(embedder, dataset.query, dataset.gallery)
+    metrics = evaluate.figures(embedder.model, ranking)
     if runtime.rank() == 0:
-        runtime.write_json(figures, metrics)
+        runtime.write_json(path, metrics)
     return metrics
 
 
-def command(row: Row, common: list[str], seed: int, out: Path) -> list[str]:
+def prune_rows(row: Row, args: argparse.Namespace) -> list[dict]:
+    """The rows of the run of prune.py that this row is one of."""
+    folder = args.out / f"pruned{slug(row.prune)}"
+    options = [*row.prune.split(), "--out", str(folder), "--resume", "--seed", str(args.seed)]
+    options += ["--device", args.device]
+    wanted = prune.parse([str(args.out / "last.pt"), *options])
+    with runtime.rank0_first():
+        results = folder / "results.json"
+        rows = json.loads(results.read_text())["rows"] if results.exists() else []
+    done = {line["label"] for line in rows}
+    return rows if set(wanted.keep) <= done else prune.prune_model(wanted)
+
+
+def command(row: Row, common: list[str], seed: int, args: argparse.Namespace) -> list[str]:
     """train.py's arguments; the folder is named after them."""
-    total = sum(stage.epochs for stage in train.parse(common).stages)
-    flags = [*common, *row.flags.format(total=total).split()]
-    folder = re.sub(r"[^\w.,]+", "-", " ".join(flags)).strip("-") or "default"
-    return [*flags, "--seed", str(seed), "--out", str(out / folder / str(seed)), "--resume"]
+    epochs = sum(stage.epochs for stage in train.parse(common).stages)
+    flags = [*common, *row.flags.format(epochs=epochs, deit=args.deit, vit=args.vit).split()]
+    folder = slug(" ".join(flags)).strip("-") or "default"
+    return [*flags, "--seed", str(seed), "--out", str(args.out / folder / str(seed)), "--resume"]
+
+
+def shown(row: Row, words: list[str]) -> str:
+    """The command lines of a row."""
+    lines = [f"python train.py {' '.join(words)}"]
+    checkpoint = Path(words[words.index("--out") + 1]) / "last.pt"
+    if row.test:
+        lines.append(f"python evaluate.py {checkpoint} {row.test}")
+    if row.prune:
+        lines.append(f"python prune.py {checkpoint} {row.prune}")
+    return "\n".join(lines)
+
+
+def slug(flags: str) -> str:
+    return re.sub(r"[^\w.,]+", "-", flags)
+
+
+# --- a table
 
 
 def cells(row: Row, results: list[dict]) -> list[str]:
@@ -206,40 +366,82 @@ def cells(row: Row, results: list[dict]) -> list[str]:
     ours = []
     for name in FIGURES:
         values = [100 * metrics[name] for metrics in results]
-        ours.append("-" if not values else f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
+        shown = f"{mean(values):.1f}" if values else "-"
+        ours.append(shown + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
     params = f"{results[0]['params'] / 1e6:.2f} M" if results else "-"
-    return [row.label, params, *ours, " / ".join(map(str, row.paper)) or "-"]
+    paper = " / ".join(map(str, row.paper)) or "-"
+    return [row.label, params, *ours, f"{row.millions:g} M: {paper}" if row.millions else paper]
+
+
+def chart(rows: list[tuple[Row, list[dict]]], path: Path) -> None:
+    """Fig. 1: mAP over parameters, the paper's figures beside ours."""
+    from extras import pictures
+
+    panels = []
+    for title, points in (
+        ("the paper", [(row.label, row.millions, row.paper[0]) for row, _ in rows if row.paper]),
+        ("measured", [
+            (row.label, results[0]["params"] / 1e6, 100 * mean(m["mAP"] for m in results))
+            for row, results in rows if results
+        ]),
+    ):  # fmt: skip
+        lines: dict[str, tuple[list, list]] = {}
+        for label, millions, mAP in points:
+            x, y = lines.setdefault("GraFT" if "GraFT" in label else label, ([], []))
+            x.append(millions)
+            y.append(mAP)
+        axes = {"xlabel": "non-zero parameters (millions)", "ylabel": "mAP (%)", "title": title}
+        panels.append({"lines": lines, **axes})
+    pictures.chart(panels, path)
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = runtime.Parser(__doc__)
+    add = parser.add_argument
+    add("--table", required=True, choices=TABLES, nargs="+")
+    add("--seeds", metavar="N", type=whole(1), default=3, help="runs a row, seeds 0, 1, ...")
+    add("--seed", type=whole(0), default=0, help="the first seed")
+    add("--short", action="store_true", help=f"a smoke test: {SHORT}")
+    add("--dry-run", action="store_true", help="print the commands alone")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/ablate"))
+    text = "draw mAP over parameters of the tables' rows, as Fig. 1 does (matplotlib)"
+    add("--chart", type=Path, metavar="FILE", help=text)
+    text = "weights of the backbone table: released DeiT-B distilled, by default fetched"
+    add("--deit", metavar="FILE", default="deit", help=text)
+    add("--vit", metavar="FILE", help="weights of the backbone table: a ViT-B/16 of timm's")
+    args, common = parser.parse_known_args()
+    if "backbone" in args.table and not args.vit:
+        raise UserError("--table backbone: needs --vit FILE, a state dict of timm's ViT-B/16")
+    return args, [*(SHORT.split() if args.short else []), *common]
 
 
 @runtime.program
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", required=True, choices=TABLES, nargs="+")
-    parser.add_argument("--seeds", type=int, default=3, help="runs a row, seeds 0, 1, ... (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
-    parser.add_argument("--short", action="store_true", help=f"a short schedule: {SHORT}")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="default: %(default)s")
-    args, common = parser.parse_known_args()
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: expected at least 1")
-    common = (SHORT.split() if args.short else []) + common
+    args, common = parse()
+    device = train.parse(common).device  # refuses train.py's mistakes before anything is trained
     if not args.dry_run:
-        runtime.start(train.parse(common).device)
+        runtime.start(device)
     seeds = range(args.seed, args.seed + args.seeds)
     for key in args.table:
-        table, lines = TABLES[key], [["", "parameters", *(f"{name} %" for name in FIGURES), "paper: mAP / R1 / R5 / R10"]]
+        table, measured = TABLES[key], []
         for row in table.rows:
             results = []
             for seed in seeds if row.flags is not None else ():
-                words = " ".join(command(row, common, seed, args.out))
-                print(f"python train.py {words}") if args.dry_run else runtime.print0(f"\n{row.label}: python train.py {words}")
-                results += [] if args.dry_run else [run(row, common, seed, args.out)]
-            lines.append(cells(row, results))
-        if not args.dry_run:
-            runtime.print0(f"\n{table.title}; {args.seeds} seeds, mean ± standard deviation\n")
-            lines.insert(1, ["---"] * len(lines[0]))
-            runtime.print0("\n".join(f"| {' | '.join(line)} |" for line in lines))
+                words = command(row, common, seed, args)
+                if args.dry_run:
+                    print(shown(row, words))
+                    continue
+                runtime.print0(f"\n{row.label}: {shown(row, words)}")
+                results.append(run(row, words))
+            measured.append((row, results))
+        if args.dry_run:
+            continue
+        head = ["", "parameters", *(f"{name} %" for name in FIGURES)]
+        head.append("paper: parameters: mAP / R1 / R5 / R10")
+        runtime.print0(f"\n{table.title}; {args.seeds} seeds, mean ± standard deviation\n")
+        runtime.print0(runtime.markdown([head, *(cells(*line) for line in measured)]))
+        if args.chart and runtime.rank() == 0:
+            chart(measured, args.chart)
 
 
 if __name__ == "__main__":

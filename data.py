@@ -1,20 +1,22 @@
-"""Data sets of multi-modal ReID: what is known of each, how their files are found and read, triplets, augmentation.
+"""Data sets of multi-modal ReID: what is known of each, how files are found and read, triplets.
 
-python data.py --check --dataset rgbnt100 --data-root DIR          reads all of it and lists everything that is wrong
+python data.py --check --dataset rgbnt100 --data-root DIR     read all of it, list what is wrong
 
-Shapes: B samples, H height, W width. Images are uint8 RGB, (3, H, W); a sample maps modality to image.
+Shapes: B samples, H height, W width, T triplets of a step. Images are uint8 RGB, (3, H, W); a
+sample maps modality to image.
 """
 
-import argparse
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from extras import synthetic
 from runtime import UserError
 
 SPLITS = ("train", "query", "gallery")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 MAX_PIXELS = 2**26  # of an image: more is refused before it is decoded
-CACHE_BYTES = 2**30  # splits whose decoded images fit are kept in memory
+CACHE_BYTES = 2**30  # a split whose decoded images fit is kept in memory
+ROOT = Path(__file__).parent
 
 
 # --- what is known of each data set
@@ -38,38 +40,47 @@ CACHE_BYTES = 2**30  # splits whose decoded images fit are kept in memory
 
 @dataclass(frozen=True)
 class Layout:
-    """Where files lie: {split} and {modality} stand for the folders named here, * for any. Without {modality} a file is
-    a mosaic: all modalities' tiles side by side, each twice as wide as high."""
+    """Where files lie: {split} and {modality} stand for the folders named here, * for any.
+
+    Without {modality} a file is a mosaic: the tiles of all modalities side by side, each twice as
+    wide as high.
+    """
 
     pattern: str
     splits: tuple[str, str, str]  # folders of train, query, gallery
     modalities: tuple[str, ...] = ()  # folders, in the data set's order; none: as found
-    query_names: str = ""  # folder whose file names say which samples of the query folder are queries
+    query_names: str = ""  # folder whose file names say which samples of the query folder to take
+
+    @property
+    def mosaic(self) -> bool:
+        return "{modality}" not in self.pattern
 
     def tree(self) -> str:
-        """The tree, in a line, for a message."""
-        splits, modalities = ",".join(dict.fromkeys(self.splits)), ",".join(self.modalities or ["MODALITY"])
-        tree = self.pattern.format(split=f"{{{splits}}}", modality=f"{{{modalities}}}" if self.modalities else modalities)
-        return tree + (f", {self.query_names}/* (the names of the queries)" if self.query_names else "")
+        """The tree in one line, for a message."""
+        splits = ",".join(dict.fromkeys(self.splits))
+        modalities = ",".join(self.modalities)
+        modality = f"{{{modalities}}}" if modalities else "MODALITY"
+        tree = self.pattern.format(split=f"{{{splits}}}", modality=modality)
+        return tree + (f", {self.query_names}/* (names of the queries)" if self.query_names else "")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A data set's facts; `name` finds identity and filter key (camera or scene) in a file's path without its suffix."""
+    """A data set's facts; `name` finds identity and key (camera or scene) in a file's path."""
 
     layouts: tuple[Layout, ...]
     modalities: tuple[str, ...] = ()  # none: those found
     name: str = r"(?:^|/)(?P<pid>-?\d+)_c(?P<key>\d+)[^/]*$"
-    first_key: int = 1  # counted from 0 by us
+    first_key: int = 1  # in the names; ours start at 0
     counts: tuple[int, int, int] | None = None  # samples of train, query, gallery
-    mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # per channel; else ImageNet's
+    mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # else ImageNet's
     std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
 _MARKET = ("bounding_box_train", "query", "bounding_box_test")
 _RGBNT100 = Layout("rgbir/{split}/*", _MARKET)
 _FOLDERS = ("vis", "ni", "th")
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DATASETS = {
     "synthetic": Facts((_RGBNT100,), ("rgb", "nir", "tir")),
@@ -77,12 +88,25 @@ DATASETS = {
         (
             _RGBNT100,
             Layout("reid_set_{modality}/{split}/*", _MARKET, ("R", "N", "T")),
-            Layout("{split}/{modality}/*/*", ("train", "validate", "validate"), ("R", "N", "T"), "rgbir/query"),
+            Layout(
+                "{split}/{modality}/*/*",
+                ("train", "validate", "validate"),
+                ("R", "N", "T"),
+                query_names="rgbir/query",
+            ),
         ),
         ("rgb", "nir", "tir"),
         counts=(8675, 1715, 8575),
-        mean={"rgb": (0.276, 0.271, 0.274), "nir": (0.346,) * 3, "tir": (0.761, 0.329, 0.322)},  # published code
-        std={"rgb": (0.176, 0.176, 0.168), "nir": (0.168,) * 3, "tir": (0.257, 0.263, 0.216)},  # NIR: see D13
+        mean={  # published code
+            "rgb": (0.276, 0.271, 0.274),
+            "nir": (0.346,) * 3,
+            "tir": (0.761, 0.329, 0.322),
+        },
+        std={  # published code; NIR: see D13
+            "rgb": (0.176, 0.176, 0.168),
+            "nir": (0.168,) * 3,
+            "tir": (0.257, 0.263, 0.216),
+        },
     ),
     "rgbn300": Facts(
         (_RGBNT100,),
@@ -96,11 +120,21 @@ DATASETS = {
         ("rgb", "nir", "tir"),
         name=r"(?:^|/)(?P<pid>\d{6})_cam(?P<key>\d)[^/]*$",
         counts=(3951, 836, 836),
-        mean={"rgb": (0.272, 0.269, 0.272), "nir": (0.339,) * 3, "tir": (0.759, 0.325, 0.318)},  # published code
+        mean={  # published code
+            "rgb": (0.272, 0.269, 0.272),
+            "nir": (0.339,) * 3,
+            "tir": (0.759, 0.325, 0.318),
+        },
         std={"rgb": (0.174, 0.175, 0.167), "nir": (0.168,) * 3, "tir": (0.255, 0.258, 0.213)},
     ),
     "msvr310": Facts(
-        (Layout("{split}/*/{modality}/*", ("bounding_box_train", "query3", "bounding_box_test"), _FOLDERS),),
+        (
+            Layout(
+                "{split}/*/{modality}/*",
+                ("bounding_box_train", "query3", "bounding_box_test"),
+                _FOLDERS,
+            ),
+        ),
         ("rgb", "nir", "tir"),
         name=r"/(?P<pid>\d{4})_s(?P<key>\d{3})_[^/]*$",  # the key is the scene
         first_key=0,
@@ -120,7 +154,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One capture of an object: where each modality's image lies (the tile's place in a mosaic, or None), pid and key."""
+    """One capture of an object: each modality's file (and tile of a mosaic, or None), pid, key."""
 
     name: str
     pid: int
@@ -129,12 +163,18 @@ class Sample:
 
 
 class Split(torch.utils.data.Dataset):
-    """Samples sorted by name. split[i] -> ({modality: uint8 (3, H, W)}, pid, key); a modality a sample lacks is absent.
+    """Samples sorted by name. split[i] -> ({modality: uint8 (3, H, W)}, pid, key).
 
-    H and W are those of `image_size`, or the file's own without it. Raises UserError for an image that cannot be read.
+    A modality that a sample lacks is absent. H and W are `image_size`, or the file's own without
+    it. Raises UserError for an image that cannot be read.
     """
 
-    def __init__(self, samples: list[Sample], modalities: tuple[str, ...], image_size: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        samples: list[Sample],
+        modalities: tuple[str, ...],
+        image_size: tuple[int, int] | None = None,
+    ):
         self.samples, self.modalities, self.image_size = samples, modalities, image_size
         self.pids = torch.tensor([sample.pid for sample in samples], dtype=torch.int64)
         self.keys = torch.tensor([sample.key for sample in samples], dtype=torch.int64)
@@ -145,54 +185,56 @@ class Split(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[dict[str, Tensor], int, int]:
         sample = self.samples[i]
-        images = self.cache[i] if self.cache else self._read(sample)
+        images = self.cache[i] if self.cache else self.read(sample)
         return images, sample.pid, sample.key
 
-    def _read(self, sample: Sample) -> dict[str, Tensor]:
+    def read(self, sample: Sample) -> dict[str, Tensor]:
+        """Decode a sample's files, each once, whatever number of tiles is taken from it."""
         files: dict[Path, dict[str, int | None]] = {}
         for modality in self.modalities:
             if modality in sample.images:
                 path, tile = sample.images[modality]
                 files.setdefault(path, {})[modality] = tile
-        return {
-            modality: image
-            for path, tiles in files.items()
-            for modality, image in zip(tiles, self._tiles(path, list(tiles.values())), strict=True)
-        }
-
-    def _tiles(self, path: Path, places: list[int | None]) -> Tensor:
-        """The tiles at these places of a mosaic, or [None] all of the image: (tiles, 3, H, W)."""
-        pixels = torch.from_numpy(np.array(read_image(path)))
-        H, W, _ = pixels.shape
-        if places == [None]:
-            tiles = pixels[None]
-        elif W % (2 * H) or 2 * H * (max(places) + 1) > W:
-            raise UserError(
-                f"{path}: {W}x{H} pixels; a mosaic has tiles twice as wide as high, here {2 * H}x{H},"
-                f" at least {max(places) + 1} side by side"
-            )
-        else:
-            tiles = pixels.unflatten(1, (-1, 2 * H)).transpose(0, 1)[places]
-        tiles = tiles.permute(0, 3, 1, 2)
-        if self.image_size and tiles.shape[2:] != self.image_size:  # as Pillow does, within 2 of 255, and several times as fast
-            tiles = F.interpolate(tiles, self.image_size, mode="bicubic", antialias=True)
-        return tiles
+        images = {}
+        for path, tiles in files.items():
+            decoded = read_tiles(path, list(tiles.values()), self.image_size)
+            images |= zip(tiles, decoded, strict=True)
+        return images
 
     def keep_in_memory(self) -> bool:
-        """Decode everything once, if it fits in CACHE_BYTES: small sets then need no worker processes."""
-        if (
-            self.image_size is None
-            or len(self) * len(self.modalities) * 3 * self.image_size[0] * self.image_size[1] > CACHE_BYTES
-        ):
+        """Decode all of it once, if it fits in CACHE_BYTES: small sets need no other process."""
+        if self.image_size is None:
+            return False
+        height, width = self.image_size
+        if len(self) * len(self.modalities) * 3 * height * width > CACHE_BYTES:
             return False
         if self.cache is None:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter's lock
-                self.cache = list(pool.map(self._read, self.samples))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the lock
+                self.cache = list(pool.map(self.read, self.samples))
         return True
 
-    def subset(self, keep) -> "Split":
-        """The samples for which `keep(sample)` holds."""
-        return Split([sample for sample in self.samples if keep(sample)], self.modalities, self.image_size)
+    def subset(self, samples: list[Sample]) -> "Split":
+        return Split(samples, self.modalities, self.image_size)
+
+
+def read_tiles(path: Path, tiles: list[int | None], size: tuple[int, int] | None) -> Tensor:
+    """These tiles of a mosaic, or [None] for the whole image: (tiles, 3, H, W), uint8."""
+    pixels = torch.from_numpy(np.array(read_image(path)))
+    H, W, _ = pixels.shape
+    if tiles == [None]:
+        images = pixels[None]
+    elif W % (2 * H) or 2 * H * (max(tiles) + 1) > W:
+        raise UserError(
+            f"{path}: {W}x{H} pixels; a mosaic has tiles twice as wide as high, here {2 * H}x{H},"
+            f" at least {max(tiles) + 1} side by side"
+        )
+    else:
+        images = pixels.unflatten(1, (-1, 2 * H)).transpose(0, 1)[tiles]
+    images = images.permute(0, 3, 1, 2)
+    if size and images.shape[2:] != size:
+        # As Pillow resizes, within 2 of 255, and several times as fast; see D22
+        images = F.interpolate(images, size, mode="bicubic", antialias=True)
+    return images
 
 
 def read_image(path: Path) -> Image.Image:
@@ -204,28 +246,44 @@ def read_image(path: Path) -> Image.Image:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that can be read ({error}); replace or remove the file") from None
+        raise UserError(
+            f"{path}: not an image that can be read ({error}); replace or remove the file"
+        ) from None
 
 
 def collate(samples: list) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Samples with the same modalities -> ({modality: uint8 (B, 3, H, W)}, pids (B,), keys (B,))."""
+    """Samples with the same modalities -> ({modality: uint8 (B, 3, H, W)}, pids, keys)."""
     images, pids, keys = zip(*samples, strict=True)
-    stacked = {modality: torch.stack([image[modality] for image in images]) for modality in images[0]}
+    stacked = {name: torch.stack([image[name] for image in images]) for name in images[0]}
     return stacked, torch.tensor(pids), torch.tensor(keys)
 
 
-def loader(split: Split, batches, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
-    """Read `batches` (lists of sample indices) of a split: by `workers` processes, or by none where it is in memory."""
-    if split.keep_in_memory():
-        workers = 0
-    return torch.utils.data.DataLoader(
-        split, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_ctrl_c,
-    )  # fmt: skip
+def read_batches(split: Split, batches: list[list[int]], workers: int, pin: bool) -> Iterator:
+    """Read batches of sample indices of a split, in order: what `collate` returns of each.
+
+    By `workers` processes, or by none where the split is in memory. Close the iterator when done:
+    its processes ignore signals, which are for the main process, and end with it alone.
+    """
+    loader = torch.utils.data.DataLoader(
+        split,
+        batch_sampler=batches,
+        num_workers=0 if split.keep_in_memory() else workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=_init_worker,
+    )
+    reader = iter(loader)
+    try:
+        while (batch := next(reader, None)) is not None:
+            yield batch
+    finally:
+        # torch ends them when the last reference goes, which an error's traceback may hold for long
+        if hasattr(reader, "_shutdown_workers"):
+            reader._shutdown_workers()
 
 
-def _leave_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # to the main process, which then ends its workers
+def _init_worker(worker: int) -> None:
+    runtime.ignore_signals()
 
 
 # --- finding the files
@@ -233,7 +291,10 @@ def _leave_ctrl_c(worker: int) -> None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits and facts of a data set on disk. `mean` and `std`: modality -> three channels, of values 0 to 1."""
+    """Splits and facts of a data set on disk.
+
+    `mean` and `std`: modality -> three channels, of values from 0 to 1.
+    """
 
     name: str
     modalities: tuple[str, ...]
@@ -244,183 +305,304 @@ class Dataset:
     std: dict[str, tuple[float, float, float]]
 
 
-def load_dataset(
-    name: str, root: str | Path, modalities: tuple[str, ...] | None = None, image_size: tuple[int, int] | None = None
-) -> Dataset:
-    """Find the files of a data set; `root` is its folder or the parent of it. "synthetic" is rendered where it is absent.
+class Index(NamedTuple):
+    """What a split's folders hold: `absent` have no chosen modality, `problems` are no samples."""
 
-    `modalities` keeps those alone, `image_size` (height, width) resizes. Training samples that lack a modality are left
-    out, query and gallery samples stay; both with a warning. Raises UserError, with the trees expected, where nothing matches.
+    samples: list[Sample]
+    absent: list[str]
+    problems: list[str]
+
+
+def load_dataset(
+    name: str,
+    root: str | Path,
+    modalities: tuple[str, ...] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Dataset:
+    """Find the files of a data set; `root` is its folder or the parent of it.
+
+    "synthetic" is rendered where it is absent. `modalities` keeps those alone, `image_size`
+    (height, width) resizes. Training samples that lack a modality are left out; query and gallery
+    samples stay with what they have; what has none is left out. Each is said in a warning. Raises
+    UserError, with the trees expected, where nothing matches.
     """
-    base, layout, facts, found, chosen = _open(name, Path(root), modalities)
-    splits, wrong = {}, []
-    for i, split in enumerate(SPLITS):
-        samples = _index(base, layout, facts, i, found, chosen, wrong)
-        if wrong:
-            more = f"; and {len(wrong) - 1} more, python data.py --check lists all" if len(wrong) > 1 else ""
-            raise UserError(wrong[0] + more)
-        samples = _complete(samples, split, chosen)
+    source = find_source(name, Path(root), modalities)
+    splits = {}
+    for number, split in enumerate(SPLITS):
+        index = source.index(number)
+        if index.problems:
+            count = len(index.problems) - 1
+            more = f"; and {count} more, python data.py --check lists all" if count else ""
+            raise UserError(index.problems[0] + more)
+        samples = _usable(index, split, source.modalities)
         if not samples:
-            raise UserError(f"{base}: no usable images in split {split}; expected files at {layout.tree()}")
-        splits[split] = Split(samples, chosen, image_size)
-        if facts.counts and len(samples) != facts.counts[i]:
+            raise UserError(source.nothing_in(split))
+        splits[split] = Split(samples, source.modalities, image_size)
+        known = source.facts.counts
+        if known and len(samples) != known[number]:
             _warn(
-                f"{base}: {split} has {len(samples)} samples, {name} is known to have {facts.counts[i]};"
-                " going on with what is there"
+                f"{source.base}: {split} has {len(samples)} samples, {name} is known to have"
+                f" {known[number]}; going on with what is there"
             )
-    mean = {modality: facts.mean.get(modality, _IMAGENET[0]) for modality in chosen}
-    std = {modality: facts.std.get(modality, _IMAGENET[1]) for modality in chosen}
+    facts, chosen = source.facts, source.modalities
+    mean = {modality: facts.mean.get(modality, _IMAGENET_MEAN) for modality in chosen}
+    std = {modality: facts.std.get(modality, _IMAGENET_STD) for modality in chosen}
     return Dataset(name, chosen, **splits, mean=mean, std=std)
 
 
-def check(name: str, root: str | Path, modalities: tuple[str, ...] | None = None) -> list[str]:
-    """Read every image of a data set; returns a line for each thing that is wrong with it. UserError where none is found."""
-    base, layout, facts, found, chosen = _open(name, Path(root), modalities)
-    wrong: list[str] = []
-    splits = {split: _index(base, layout, facts, i, found, chosen, wrong) for i, split in enumerate(SPLITS)}
-    for split, samples in splits.items():
-        if not samples:
-            wrong.append(f"{base}: no usable images in split {split}; expected files at {layout.tree()}")
-        wrong += [
-            f"{base}: {split}: {sample.name} lacks {', '.join(lacking)}"
-            for sample in samples
-            if (lacking := [modality for modality in chosen if modality not in sample.images])
-        ]
-        reader = Split(samples, chosen)
-
-        def problem(sample: Sample, read=reader._read) -> str | None:
-            try:
-                read(sample)
-            except UserError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = tqdm(pool.map(problem, samples), split, len(samples), leave=False, disable=None)
-            wrong += [message for message in results if message]
-    counts = Counter(sample.pid for sample in splits["train"])
-    wrong += [f"{base}: train: identity {pid} has a single sample, so no positive" for pid, n in counts.items() if n == 1]
-    keys: dict[int, set[int]] = {}
-    for sample in splits["gallery"]:
-        keys.setdefault(sample.pid, set()).add(sample.key)
-    wrong += [
-        f"{base}: query: {sample.name} has no match in the gallery from another camera or scene"
-        for sample in splits["query"]
-        if not keys.get(sample.pid, set()) - {sample.key}
-    ]
-    shared = sorted(counts.keys() & keys.keys())
-    return wrong + [f"{base}: identity {pid} is in the training data and in the gallery" for pid in shared]
+def _usable(index: Index, split: str, modalities: tuple[str, ...]) -> list[Sample]:
+    """The samples that a split can use; says how many lack something, and which."""
+    total = len(index.samples) + len(index.absent)
+    if index.absent:
+        _warn(
+            f"{len(index.absent)} of {total} {split} samples have none of {', '.join(modalities)}"
+            f" and are left out: {_first(index.absent)}"
+        )
+    lacking = [sample.name for sample in index.samples if len(sample.images) < len(modalities)]
+    if lacking:
+        what = "are left out" if split == "train" else "stay, with what they have"
+        _warn(
+            f"{len(lacking)} of {total} {split} samples lack a modality and {what}:"
+            f" {_first(lacking)}"
+        )
+    if split != "train":
+        return index.samples
+    return [sample for sample in index.samples if len(sample.images) == len(modalities)]
 
 
-def _open(name: str, root: Path, modalities: tuple[str, ...] | None) -> tuple:
-    """Folder, layout and facts of a data set, the modalities it has and those chosen."""
-    if name not in DATASETS:
-        raise UserError(f"data set {name!r}: expected one of {', '.join(DATASETS)}")
-    facts = DATASETS[name]
-    if name == "synthetic":
-        _render(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --data-root expects the folder of {name}, or its parent")
-    base, layout = _detect(name, facts, root)
-    found = facts.modalities or _modalities(base, layout)
-    chosen = tuple(modalities or found)
-    if unknown := [modality for modality in chosen if modality not in found]:
-        raise UserError(f"{base}: no modality {', '.join(unknown)} in {name}; expected some of {', '.join(found)}")
-    return base, layout, facts, found, chosen
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _warn(message: str) -> None:
-    if runtime.rank() == 0:
-        print(f"warning: {message}", file=sys.stderr)
+    runtime.print0(f"warning: {message}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set found on disk: folder, layout, the modalities it has and those chosen."""
+
+    base: Path
+    layout: Layout
+    facts: Facts
+    found: tuple[str, ...]
+    modalities: tuple[str, ...]
+
+    def nothing_in(self, split: str) -> str:
+        tree = self.layout.tree()
+        return f"{self.base}: no usable images in split {split}; expected files at {tree}"
+
+    def files(self, number: int, folder: str) -> Iterator[tuple[str, Path]]:
+        """Image files of split `number` in a modality's folder, sorted, with their sample's name.
+
+        That is the path without split, modality and suffix: the same for all modalities.
+        """
+        parts = self.layout.pattern.split("/")
+        stars = [place for place, part in enumerate(parts) if part == "*"]
+        pattern = self.layout.pattern.format(split=self.layout.splits[number], modality=folder)
+        start = len(str(self.base / "x")) - 1
+        for path in sorted(self.base.glob(pattern), key=str):
+            stem, suffix = os.path.splitext(path)
+            if suffix.lower() in SUFFIXES:
+                places = stem[start:].split(os.sep)
+                yield "/".join(places[star] for star in stars), path
+
+    def index(self, number: int) -> Index:
+        """Samples of split `number`, sorted by name."""
+        files: dict[str, dict[str, tuple[Path, int | None]]] = {}
+        problems: list[str] = []
+        others: set[str] = set()  # names that a modality has which was not chosen
+        inside = _Inside(self.base)
+        for folder, modalities in self.folders().items():
+            for name, path in self.files(number, folder):
+                if not modalities:
+                    others.add(name)
+                elif outside := inside.leaves(path):
+                    problems.append(f"{path}: {outside}")
+                elif modalities[0] in files.setdefault(name, {}):
+                    twin = files[name][modalities[0]][0].name
+                    problems.append(f"{path}: the same sample as {twin}; remove one of them")
+                else:
+                    for modality in modalities:
+                        tile = self.found.index(modality) if self.layout.mosaic else None
+                        files[name][modality] = (path, tile)
+        if self.layout.query_names and SPLITS[number] == "query":
+            queries = {path.stem for path in (self.base / self.layout.query_names).glob("*")}
+            files = {name: f for name, f in files.items() if name.rpartition("/")[2] in queries}
+            others = {name for name in others if name.rpartition("/")[2] in queries}
+        samples = []
+        for name, images in sorted(files.items()):
+            if images and (sample := self.sample(name, images)):
+                samples.append(sample)
+            elif images:
+                problems.append(
+                    f"{self.base}: {name}: no identity and camera in the name;"
+                    f" expected e.g. 0501_c0001_000 ({self.facts.name})"
+                )
+        return Index(samples, sorted(others - files.keys()), problems)
+
+    def folders(self) -> dict[str, tuple[str, ...]]:
+        """Folders to look in, and which of the chosen modalities a file there holds."""
+        if self.layout.mosaic:
+            return {"": self.modalities}
+        named = zip(self.layout.modalities or self.found, self.found, strict=True)
+        return {folder: (name,) if name in self.modalities else () for folder, name in named}
+
+    def sample(self, name: str, images: dict) -> Sample | None:
+        match = re.search(self.facts.name, name)
+        if not match:
+            return None
+        return Sample(name, int(match["pid"]), int(match["key"]) - self.facts.first_key, images)
+
+
+class _Inside:
+    """Finds links that lead out of a data set; each folder is resolved once."""
+
+    def __init__(self, base: Path):
+        self.base, self.folders = base.resolve(), set()
+
+    def leaves(self, path: Path) -> str:
+        folder = os.path.dirname(path)
+        if folder in self.folders and not os.path.islink(path):
+            return ""
+        target = path.resolve()
+        if not target.is_relative_to(self.base):
+            return f"leads to {target}, out of the data set; put a copy in its place"
+        if not os.path.islink(path):
+            self.folders.add(folder)
+        return ""
+
+
+def find_source(name: str, root: Path, modalities: tuple[str, ...] | None) -> Source:
+    """The data set at `root` or below it. Raises UserError where it or a modality is absent."""
+    if name not in DATASETS:
+        raise UserError(f"data set {name!r}: expected one of {', '.join(DATASETS)}")
+    if name == "synthetic":
+        _render(root)
+    if not root.is_dir():
+        raise UserError(
+            f"{root}: no such folder; --data-root expects the folder of {name}, or its parent"
+        )
+    facts = DATASETS[name]
+    base, layout = _detect(name, facts, root)
+    found = facts.modalities or _modality_folders(base, layout)
+    chosen = tuple(modalities or found)
+    if unknown := [modality for modality in chosen if modality not in found]:
+        raise UserError(
+            f"{base}: no modality {', '.join(unknown)} in {name}; expected some of"
+            f" {', '.join(found)}"
+        )
+    return Source(base, layout, facts, found, chosen)
 
 
 def _render(root: Path) -> None:
-    """Render the embedded data set into ROOT/synthetic unless it is there (or ROOT is such a folder itself)."""
+    """Render the synthetic set into ROOT/synthetic, unless it (or ROOT itself) is one."""
+    from extras import synthetic
+
     with runtime.rank0_first():
         folder = root if (root / "VERSION").exists() else root / "synthetic"
         if not folder.exists():
-            runtime.print0(f"rendering the embedded data set into {folder}")
-            command = [sys.executable, synthetic.__file__, "--out", str(folder)]
-            if subprocess.run(command).returncode:
+            runtime.print0(f"rendering the synthetic set into {folder}")
+            command = [sys.executable, "-m", "extras.synthetic", "--out", str(folder.absolute())]
+            if subprocess.run(command, cwd=ROOT).returncode:
                 raise UserError(f"{folder}: rendering failed; see above")
-    version = (folder / "VERSION").read_text().strip() if (folder / "VERSION").exists() else "none"
+    file = folder / "VERSION"
+    version = file.read_text().strip() if file.exists() else "none"
     if version != str(synthetic.VERSION):
         raise UserError(
-            f"{folder}: rendered by version {version}, expected {synthetic.VERSION}; delete the folder, it is made anew"
+            f"{folder}: rendered by version {version}, expected {synthetic.VERSION};"
+            " delete the folder, it is made anew"
         )
 
 
 def _detect(name: str, facts: Facts, root: Path) -> tuple[Path, Layout]:
-    """The data set's folder, at `root` or below it, and the first layout whose training folder is there."""
-    for base in [root, *(child for child in sorted(root.iterdir()) if child.is_dir() and child.name.lower() == name)]:
+    """The data set's folder, and the first layout whose training folder is there."""
+    below = [child for child in sorted(root.iterdir()) if child.name.lower() == name]
+    for base in [root, *filter(Path.is_dir, below)]:
         for layout in facts.layouts:
-            folder = layout.pattern.format(split=layout.splits[0], modality=(*layout.modalities, "*")[0]).rstrip("/*")
-            if any(base.glob(folder)):
+            modality = (*layout.modalities, "*")[0]
+            folder = layout.pattern.format(split=layout.splits[0], modality=modality)
+            if any(base.glob(folder.rstrip("/*"))):
                 return base, layout
     trees = "".join(f"\n  {layout.tree()}" for layout in facts.layouts)
-    raise UserError(f"{root}: no layout of {name} found there or in {root / name}; expected one of these trees:{trees}")
-
-
-def _modalities(base: Path, layout: Layout) -> tuple[str, ...]:
-    place = layout.pattern.split("/").index("{modality}")
-    pattern = "/".join(layout.pattern.split("/")[: place + 1])
-    folders = {
-        path.name for split in layout.splits for path in base.glob(pattern.format(split=split, modality="*")) if path.is_dir()
-    }
-    usual = ("rgb", "nir", "tir")
-    return tuple(sorted(folders, key=lambda name: (usual.index(name) if name in usual else len(usual), name)))
-
-
-def _index(
-    base: Path, layout: Layout, facts: Facts, i: int, found: tuple[str, ...], chosen: tuple[str, ...], wrong: list[str]
-) -> list[Sample]:
-    """Samples of split i, sorted by name; the modalities of one are paired by the path without split, modality, suffix.
-
-    What cannot be a sample is left out, and a line about it added to `wrong`.
-    """
-    stars = [place for place, part in enumerate(layout.pattern.split("/")) if part == "*"]
-    mosaic = "{modality}" not in layout.pattern
-    folders = (
-        {"": chosen} if mosaic else {f: (m,) for m, f in zip(found, layout.modalities or found, strict=True) if m in chosen}
+    raise UserError(
+        f"{root}: no layout of {name} found there or in {root / name};"
+        f" expected one of these trees:{trees}"
     )
-    files: dict[str, dict[str, tuple[Path, int | None]]] = {}
-    real, inside = base.resolve(), set()
-    start = len(str(base / "x")) - 1  # of a path below it
-    for folder, held in folders.items():
-        for path in sorted(base.glob(layout.pattern.format(split=layout.splits[i], modality=folder)), key=str):
-            name, suffix = os.path.splitext(path)
-            if suffix.lower() in SUFFIXES:
-                parent = os.path.dirname(name)
-                if (os.path.islink(path) or parent not in inside) and not path.resolve().is_relative_to(real):
-                    wrong.append(f"{path}: leads to {path.resolve()}, out of the data set; put a copy in its place")
-                    continue
-                inside.add(parent)
-                places = name[start:].split(os.sep)
-                images = files.setdefault("/".join(places[star] for star in stars), {})
-                if held[0] in images:
-                    wrong.append(f"{path}: the same sample as {images[held[0]][0].name}; remove one of them")
-                    continue
-                images |= {modality: (path, found.index(modality) if mosaic else None) for modality in held}
-    if layout.query_names and SPLITS[i] == "query":
-        names = {path.stem for path in (base / layout.query_names).glob("*")}
-        files = {name: images for name, images in files.items() if name.rpartition("/")[2] in names}
-    samples = []
-    for name, images in sorted(files.items()):
-        match = re.search(facts.name, name)
-        if not match:
-            wrong.append(f"{base}: {name}: no identity and camera in the name; expected e.g. 0501_c0001_000 ({facts.name})")
-            continue
-        samples.append(Sample(name, int(match["pid"]), int(match["key"]) - facts.first_key, images))
-    return samples
 
 
-def _complete(samples: list[Sample], split: str, modalities: tuple[str, ...]) -> list[Sample]:
-    """All samples of query and gallery, those with all modalities of train; says how many lack one."""
-    lacking = [sample for sample in samples if len(sample.images) < len(modalities)]
-    if lacking:
-        named = ", ".join(sample.name for sample in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
-        then = "are left out" if split == "train" else "stay, with what they have"
-        _warn(f"{len(lacking)} of {len(samples)} {split} samples lack a modality and {then}: {named}")
-    return [sample for sample in samples if split != "train" or len(sample.images) == len(modalities)]
+def _modality_folders(base: Path, layout: Layout) -> tuple[str, ...]:
+    """The names of the modalities' folders: rgb, nir, tir first, then by alphabet."""
+    parts = layout.pattern.split("/")
+    pattern = "/".join(parts[: parts.index("{modality}") + 1])
+    folders = set()
+    for split in layout.splits:
+        for path in base.glob(pattern.format(split=split, modality="*")):
+            if path.is_dir():
+                folders.add(path.name)
+    usual = ("rgb", "nir", "tir")
+    known = [name for name in usual if name in folders]
+    return (*known, *sorted(folders - set(usual)))
+
+
+# --- checking all of it
+
+
+def check(name: str, root: str | Path, modalities: tuple[str, ...] | None = None) -> list[str]:
+    """Read every image of a data set; a line for each thing that is wrong with it."""
+    source = find_source(name, Path(root), modalities)
+    splits, lines = {}, []
+    for number, split in enumerate(SPLITS):
+        index = source.index(number)
+        splits[split] = index.samples
+        lines += index.problems
+        if not index.samples:
+            lines.append(source.nothing_in(split))
+        lacking = {name: source.modalities for name in index.absent}
+        for sample in index.samples:
+            if absent := [m for m in source.modalities if m not in sample.images]:
+                lacking[sample.name] = absent
+        lines += [
+            f"{source.base}: {split}: {name} lacks {', '.join(absent)}"
+            for name, absent in lacking.items()
+        ]
+        lines += _unreadable(Split(index.samples, source.modalities), split)
+    return lines + [f"{source.base}: {line}" for line in _inconsistent(splits)]
+
+
+def _unreadable(split: Split, name: str) -> list[str]:
+    def problem(sample: Sample) -> str | None:
+        try:
+            split.read(sample)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(problem, split.samples)
+        return [line for line in tqdm(results, name, len(split), leave=False, disable=None) if line]
+
+
+def _inconsistent(splits: dict[str, list[Sample]]) -> list[str]:
+    """Identities that cannot be trained on, queries that cannot be found, leaks."""
+    counts = Counter(sample.pid for sample in splits["train"])
+    keys: dict[int, set[int]] = {}
+    for sample in splits["gallery"]:
+        keys.setdefault(sample.pid, set()).add(sample.key)
+    lines = [
+        f"train: identity {pid} has a single sample, so no positive"
+        for pid, count in counts.items()
+        if count == 1
+    ]
+    lines += [
+        f"query: {sample.name} has no match in the gallery from another camera or scene"
+        for sample in splits["query"]
+        if not keys.get(sample.pid, set()) - {sample.key}
+    ]
+    lines += [
+        f"identity {pid} is in the training data and in the gallery"
+        for pid in sorted(counts.keys() & keys.keys())
+    ]
+    return lines
 
 
 def hold_out(train: Split, num_ids: int) -> tuple[Split, Split, Split]:
@@ -428,157 +610,225 @@ def hold_out(train: Split, num_ids: int) -> tuple[Split, Split, Split]:
 
     Every held-out sample is in the gallery; the first of each (pid, key) is a query.
     """
-    held = set(sorted(set(train.pids.tolist()))[-num_ids:])
-    seen: Counter = Counter()
-
-    def first(sample: Sample) -> bool:
-        seen[sample.pid, sample.key] += 1
-        return sample.pid in held and seen[sample.pid, sample.key] == 1
-
-    return train.subset(lambda s: s.pid not in held), train.subset(first), train.subset(lambda s: s.pid in held)
+    held_out = set(train.pids.unique().tolist()[-num_ids:])
+    gallery = [sample for sample in train.samples if sample.pid in held_out]
+    first = {}
+    for sample in gallery:
+        first.setdefault((sample.pid, sample.key), sample)
+    rest = [sample for sample in train.samples if sample.pid not in held_out]
+    return train.subset(rest), train.subset(list(first.values())), train.subset(gallery)
 
 
 # --- triplets (section 5.1)
 
 
 def make_triplets(pids: np.ndarray, positives: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows (anchor, positive, negative) of sample indices, (T, 3), shuffled: `positives` rows for each anchor.
+    """Rows (anchor, positive, negative) of sample indices, (triplets, 3), shuffled.
 
-    Every sample is an anchor, unless it is the only one of its identity. Its positives are distinct where the identity
-    has that many others, else all of them in turn; each row has a negative of its own.
+    `positives` rows for each anchor; every sample is an anchor, unless it is the only one of its
+    identity. Its positives are distinct where the identity has that many others, else all of them
+    in turn; each row has a negative of its own.
     """
     order = np.argsort(pids, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(pids[order]) != 0])
     rows = []
     for start, end in zip(starts, [*starts[1:], len(pids)], strict=True):
         n = end - start
-        if n > 1:
-            others = rng.permuted(np.tile(np.arange(1, n), (n, 1)), axis=1)  # each anchor's way round its identity
-            others = others[:, np.arange(positives) % (n - 1)]
-            positive = start + (np.arange(n)[:, None] + others) % n
-            negative = rng.integers(0, len(pids) - n, (n, positives))
-            negative += n * (negative >= start)
-            anchor = np.broadcast_to(np.arange(start, end)[:, None], positive.shape)
-            rows.append(np.stack([anchor, positive, negative], -1).reshape(-1, 3))
+        if n == 1:
+            continue
+        # Each anchor goes its own way round the other samples of its identity
+        offset = rng.permuted(np.tile(np.arange(1, n), (n, 1)), axis=1)
+        offset = offset[:, np.arange(positives) % (n - 1)]
+        positive = start + (np.arange(n)[:, None] + offset) % n
+        negative = rng.integers(0, len(pids) - n, (n, positives))
+        negative += n * (negative >= start)
+        anchor = np.broadcast_to(np.arange(start, end)[:, None], positive.shape)
+        rows.append(np.stack([anchor, positive, negative], -1).reshape(-1, 3))
     triplets = order[np.concatenate(rows)]
     return triplets[rng.permutation(len(triplets))]
 
 
-class TripletBatches:
-    """Batch sampler: lists of 3 * batch_size sample indices, anchors, then positives, then negatives.
+class TripletSampler:
+    """The steps of an epoch: `steps(epoch)` -> sample indices (steps, 3, T).
 
-    The triplets of an epoch depend on (seed, epoch) alone; every rank takes its own part of each step. The last,
-    incomplete step is dropped. Raises UserError where no triplet or not one whole step can be made.
+    Rows are anchors, positives, negatives. They depend on (seed, epoch) alone, so neither on the
+    number of ranks nor on where a run was resumed. The last, incomplete step is dropped. Raises
+    UserError where no triplet, or not one whole step, can be made.
     """
 
     def __init__(self, pids: Tensor, batch_size: int, positives: int, seed: int):
-        self.pids, self.batch_size, self.positives, self.seed = pids.numpy(), batch_size, positives, seed
-        self.epoch = 0
+        self.pids, self.batch_size, self.positives = pids.numpy(), batch_size, positives
+        self.seed = seed
         ids, counts = np.unique(self.pids, return_counts=True)
         if len(ids) < 2:
             raise UserError(
-                f"number of identities in the training data is {len(ids)}: a triplet needs a negative, so at least 2"
+                f"number of identities in the training data is {len(ids)}: a triplet needs a"
+                " negative, so at least 2"
             )
-        self.num_triplets = int(counts[counts > 1].sum()) * positives
-        if not self.num_triplets:
-            raise UserError("every training identity has a single sample: a triplet needs a positive, so at least 2")
-        if len(self) == 0:
+        num_triplets = int(counts[counts > 1].sum()) * positives
+        if not num_triplets:
             raise UserError(
-                f"batch of {batch_size} triplets on {runtime.world_size()} ranks: the training data gives {self.num_triplets}"
-                f" triplets an epoch ({len(self.pids)} samples, --positives {positives}); lower --batch-size"
+                "every training identity has a single sample: a triplet needs a positive, so at"
+                " least 2"
+            )
+        self.num_steps = num_triplets // batch_size
+        if not self.num_steps:
+            raise UserError(
+                f"--batch-size {batch_size}: an epoch has only {num_triplets} triplets"
+                f" ({len(self.pids)} samples, --positives {positives}); lower it"
             )
 
-    def __len__(self) -> int:
-        return self.num_triplets // (self.batch_size * runtime.world_size())
-
-    def __iter__(self):
-        triplets = make_triplets(self.pids, self.positives, runtime.numpy_rng(self.seed, 2, self.epoch))
-        whole = self.batch_size * runtime.world_size()
-        for step in range(len(self)):
-            first = step * whole + runtime.rank() * self.batch_size
-            yield triplets[first : first + self.batch_size].T.ravel().tolist()
+    def steps(self, epoch: int) -> np.ndarray:
+        rng = runtime.numpy_rng(self.seed, 2, epoch)
+        triplets = make_triplets(self.pids, self.positives, rng)[: self.num_steps * self.batch_size]
+        return triplets.reshape(self.num_steps, self.batch_size, 3).transpose(0, 2, 1)
 
 
-class IdentityBatches(TripletBatches):
-    """Batch sampler of our own recipe: 3 * batch_size sample indices, `samples` of each of as many identities as that makes.
+class IdentitySampler(TripletSampler):
+    """Our own recipe's steps, of the same shape: `samples` of each of 3 * T / samples identities.
 
-    Steps an epoch, ranks and draws are as in TripletBatches, so that the two can be compared.
+    There are as many steps as TripletSampler gives, so that the two can be compared. Rows are no
+    roles here.
     """
 
     def __init__(self, pids: Tensor, batch_size: int, positives: int, seed: int, samples: int = 6):
         super().__init__(pids, batch_size, positives, seed)
+        self.samples = samples
         self.groups = [np.flatnonzero(self.pids == pid) for pid in np.unique(self.pids)]
-        self.samples, self.chosen = samples, 3 * batch_size // samples * runtime.world_size()
-        if 3 * batch_size % samples or self.chosen > len(self.groups):
+        self.num_ids, rest = divmod(3 * batch_size, samples)
+        if rest or not 2 <= self.num_ids <= len(self.groups):
             raise UserError(
-                f"--sampling identities: {3 * batch_size} images a rank, {samples} of each identity, need a --batch-size that"
-                f" {samples} divides three times, and {self.chosen} identities; the training data has {len(self.groups)}"
+                f"--sampling identities: --batch-size {batch_size} makes {3 * batch_size} images,"
+                f" {samples} of each of {3 * batch_size / samples:g} identities; expected a whole"
+                f" number of them from 2 to the training data's {len(self.groups)}"
             )
 
-    def __iter__(self):
-        rng, rank, part = runtime.numpy_rng(self.seed, 3, self.epoch), runtime.rank(), self.chosen // runtime.world_size()
-        for _ in range(len(self)):
-            batch = [
-                rng.choice(self.groups[i], self.samples, replace=len(self.groups[i]) < self.samples)
-                for i in rng.choice(len(self.groups), self.chosen, replace=False)
-            ]
-            yield np.concatenate(batch[rank * part : (rank + 1) * part]).tolist()
+    def steps(self, epoch: int) -> np.ndarray:
+        rng = runtime.numpy_rng(self.seed, 3, epoch)
+        steps = np.empty((self.num_steps, self.num_ids, self.samples), dtype=np.int64)
+        for step in steps:
+            identities = rng.choice(len(self.groups), self.num_ids, replace=False)
+            for row, identity in zip(step, identities, strict=True):
+                group = self.groups[identity]
+                row[:] = rng.choice(group, self.samples, replace=len(group) < self.samples)
+        return steps.reshape(self.num_steps, 3, self.batch_size)
+
+
+def share_out(batch_size: int, per_pass: int, ranks: int) -> list[list[slice]]:
+    """How the triplets of a step are shared: [pass][rank] -> its slice of them.
+
+    As even as it goes: 26 on 8 ranks are 4, 4, 3, ... No rank takes more than `per_pass` at a
+    time, except where that would leave another without any. Raises UserError for fewer triplets
+    than ranks.
+    """
+    if batch_size < ranks:
+        raise UserError(
+            f"--batch-size {batch_size}: fewer triplets than the {ranks} ranks; raise it, or start"
+            " fewer ranks"
+        )
+    passes = min(-(-batch_size // (ranks * per_pass)), batch_size // ranks)
+    return [even_slices(part, ranks) for part in even_slices(slice(0, batch_size), passes)]
+
+
+def even_slices(whole: slice, parts: int) -> list[slice]:
+    """A slice cut into parts whose lengths differ by one at most, longer ones first."""
+    length, rest = divmod(whole.stop - whole.start, parts)
+    ends = [whole.start + (i + 1) * length + min(i + 1, rest) for i in range(parts)]
+    return [slice(a, b) for a, b in pairwise([whole.start, *ends])]
 
 
 # --- from uint8 to the model's input, batched, on the device
 
 
-def augment(images: dict[str, Tensor], draws: Tensor, flip_x=0.5, flip_y=0.5, erase=0.5) -> dict[str, Tensor]:
-    """Horizontal flip, vertical flip and random erasing (Zhong et al. 2020) of uint8 images (B, 3, H, W), each with its
-    probability; section 5.2.
+def augment(
+    images: dict[str, Tensor],
+    draws: Tensor,
+    flips: tuple[float, float] = (0.5, 0.5),
+    erase: float = 0.5,
+) -> dict[str, Tensor]:
+    """Horizontal and vertical flips and random erasing (Zhong et al. 2020); section 5.2.
 
-    `draws` (B, 7), uniform in [0, 1), decides for each sample: the same for all its modalities, which are registered.
-    An erased rectangle covers 2% to 33% of the image, with an aspect of 0.3 to 3.3, and is black (published code).
+    Images are uint8 (B, 3, H, W), on the device of `draws`, (B, 7), uniform in [0, 1), which decide
+    for each sample: the same for all its modalities, which are registered. An erased rectangle
+    covers 2% to 33% of the image, with an aspect of 0.3 to 3.3, and is black (published code).
     """
-    H, W = next(iter(images.values())).shape[-2:]
-    draws = draws.to(next(iter(images.values())).device)
-    area = (0.02 + 0.31 * draws[:, 3]) * H * W
-    aspect = 0.3 * (3.3 / 0.3) ** draws[:, 4]
-    height, width = (area * aspect).sqrt().clamp(max=H - 1).round(), (area / aspect).sqrt().clamp(max=W - 1).round()
-    top, left = (draws[:, 5] * (H - height + 1)).floor(), (draws[:, 6] * (W - width + 1)).floor()
+    height, width = next(iter(images.values())).shape[-2:]
+    mirrored, upside_down = draws[:, 0] < flips[0], draws[:, 1] < flips[1]  # (B,)
+    hidden = rectangles(draws[:, 3:], height, width)  # (B, H, W)
+    hidden = hidden & (draws[:, 2] < erase)[:, None, None]
+    augmented = {}
+    for modality, image in images.items():
+        if flips[0]:
+            image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
+        if flips[1]:
+            image = torch.where(upside_down[:, None, None, None], image.flip(-2), image)
+        augmented[modality] = image.masked_fill(hidden[:, None], 0) if erase else image
+    return augmented
+
+
+def rectangles(draws: Tensor, H: int, W: int) -> Tensor:
+    """A random rectangle of each image as a mask (B, H, W); draws (B, 4): area, aspect, place."""
+    area = (0.02 + 0.31 * draws[:, 0]) * H * W
+    aspect = 0.3 * (3.3 / 0.3) ** draws[:, 1]
+    height = (area * aspect).sqrt().clamp(max=H - 1).round()
+    width = (area / aspect).sqrt().clamp(max=W - 1).round()
+    top = (draws[:, 2] * (H - height + 1)).floor()[:, None]
+    left = (draws[:, 3] * (W - width + 1)).floor()[:, None]
     y, x = torch.arange(H, device=draws.device), torch.arange(W, device=draws.device)
-    rows = (y >= top[:, None]) & (y < (top + height)[:, None])  # (B, H)
-    columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # (B, W)
-    erased = (draws[:, 2] < erase)[:, None, None] & rows[:, :, None] & columns[:, None, :]  # (B, H, W)
-    mirrored, upside_down = (draws[:, i].lt(p)[:, None, None, None] for i, p in enumerate((flip_x, flip_y)))
-    result = {}
-    for modality, image in images.items():
-        if flip_x:
-            image = torch.where(mirrored, image.flip(-1), image)
-        if flip_y:
-            image = torch.where(upside_down, image.flip(-2), image)
-        result[modality] = image.masked_fill(erased[:, None], 0) if erase else image
-    return result
+    rows = (y >= top) & (y < top + height[:, None])  # (B, H)
+    columns = (x >= left) & (x < left + width[:, None])  # (B, W)
+    return rows[:, :, None] & columns[:, None, :]
 
 
-def normalise(images: dict[str, Tensor], mean: dict, std: dict) -> dict[str, Tensor]:
-    """uint8 (B, 3, H, W) -> float32, (x / 255 - mean) / std by channel, each modality with its own figures."""
-    result = {}
-    for modality, image in images.items():
-        centre, spread = (255 * torch.tensor(x[modality], device=image.device).view(3, 1, 1) for x in (mean, std))
-        result[modality] = (image - centre).div_(spread)
-    return result
+class Normalise:
+    """uint8 images (B, 3, H, W) -> float32, (x / 255 - mean) / std, each modality with its own.
+
+    `mean` and `std`: modality -> three channels. They are put on the device once.
+    """
+
+    def __init__(self, mean: dict, std: dict, device: torch.device):
+        def constants(values: dict) -> dict[str, Tensor]:
+            return {
+                modality: 255 * torch.tensor(channels, device=device).view(3, 1, 1)
+                for modality, channels in values.items()
+            }
+
+        self.mean, self.std = constants(mean), constants(std)
+
+    def __call__(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            modality: (image - self.mean[modality]).div_(self.std[modality])
+            for modality, image in images.items()
+        }
 
 
 @runtime.program
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", required=True, help="read every image, list everything that is wrong")
-    parser.add_argument("--dataset", default="synthetic", choices=DATASETS, help="default: %(default)s")
-    parser.add_argument("--data-root", default="data", help="the data set's folder or its parent (default: %(default)s)")
-    parser.add_argument("--modalities", type=lambda text: tuple(text.split(",")), help="e.g. rgb,tir (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="unused: nothing is drawn")
+    parser = runtime.Parser(__doc__)
+    text = "read every image, list everything that is wrong"
+    parser.add_argument("--check", action="store_true", required=True, help=text)
+    add_options(parser)
+    text = "accepted by every program; nothing is drawn here"
+    parser.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
     args = parser.parse_args()
-    wrong = check(args.dataset, args.data_root, args.modalities)
-    print(*wrong, sep="\n", end="\n" if wrong else "")
-    if wrong:
-        raise UserError(f"{args.data_root}: {len(wrong)} things are wrong, see above")
+    lines = check(args.dataset, args.data_root, args.modalities)
+    print(*lines, sep="\n", end="\n" if lines else "")
+    if lines:
+        raise UserError(f"{args.data_root}: {len(lines)} things are wrong, see above")
     print(f"{args.data_root}: nothing is wrong")
+
+
+def add_options(parser, trained: bool = False) -> None:
+    """--dataset, --data-root and --modalities; `trained`: their defaults are a checkpoint's."""
+    default = " (default: as in training)" if trained else ""
+    text = f"synthetic is rendered where it is absent{default}"
+    fallback = None if trained else "synthetic"
+    parser.add_argument("--dataset", default=fallback, choices=DATASETS, help=text)
+    text = f"the data set's folder or its parent{default}"
+    fallback = None if trained else "data"
+    parser.add_argument("--data-root", metavar="DIR", default=fallback, help=text)
+    text = f"e.g. rgb,tir (default: {'all that were trained' if trained else 'all there are'})"
+    parser.add_argument("--modalities", metavar="NAMES", type=runtime.names, help=text)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,65 @@
-"""GraFT's losses (section 4): soft-margin triplets over fusion and data tokens, center loss, and their weighted sum.
+"""GraFT's losses (section 4): soft-margin triplets over fusion and data tokens, center loss, sum.
 
-B triplets, D width of an embedding, C identities. All of it is computed in float32, whatever comes in.
+Shapes: B triplets, N samples, D width of an embedding, C identities. Computed in float32
+throughout.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import runtime
+
 SCHEMES = ("FFD", "FFF", "DDD", "FDD", "DFF", "DFD", "DDF", "FDF")  # Table 8
 
 
-def _distance(a: Tensor, b: Tensor, squared: bool) -> Tensor:  # (B, D), (B, D) -> (B,)
+def distance(a: Tensor, b: Tensor, squared: bool) -> Tensor:
+    """Euclidean distances of the rows of (B, D) and (B, D), or their squares: (B,)."""
+    difference = a.float() - b.float()
     if squared:
-        return (a.float() - b.float()).square().sum(-1)
-    return torch.linalg.vector_norm(a.float() - b.float(), dim=-1)  # its gradient at 0 is 0, not NaN
+        return difference.square().sum(-1)
+    return torch.linalg.vector_norm(difference, dim=-1)  # its gradient at 0 is 0, not NaN
 
 
-def triplet_soft_margin(anchor: Tensor, positive: Tensor, negative: Tensor, squared: bool = True) -> Tensor:
+def triplet_soft_margin(
+    anchor: Tensor, positive: Tensor, negative: Tensor, squared: bool = True
+) -> Tensor:
     """Soft-margin triplet loss, Eq. (8): mean over the batch of log(1 + exp(d(a, p) - d(a, n))).
 
-    All (B, D). d is the squared Euclidean distance as printed, or the plain one (`squared=False`, published code); see D3.
-    softplus passes large arguments through, so distances of 1e4 and more neither overflow nor lose their gradient.
+    All (B, D). d is the squared distance as printed, or the plain one of the published code
+    (`squared=False`); see D3.
     """
-    return F.softplus(_distance(anchor, positive, squared) - _distance(anchor, negative, squared)).mean()
+    to_positive = distance(anchor, positive, squared)
+    to_negative = distance(anchor, negative, squared)
+    # softplus passes large arguments through, so distances of 1e4 and more do not overflow
+    return F.softplus(to_positive - to_negative).mean()
 
 
 def triplet_hardest(features: Tensor, labels: Tensor, squared: bool = True) -> Tensor:
-    """The same loss over each sample of a batch (N, D) with its farthest positive and nearest negative in it (Hermans et
-    al. 2017). Ours, for `--recipe plus`. labels (N,); a sample without a positive or a negative in the batch is left out.
+    """The same loss for each sample of a batch, with its farthest positive and nearest negative.
+
+    features (N, D), labels (N,). Not the paper's: Hermans et al. 2017, for `--recipe plus`. A
+    sample without a positive or without a negative in the batch is left out.
     """
-    distance = torch.cdist(features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
-    distance = distance.square() if squared else distance
+    features = features.float()
+    # Not by matrix products: they lose the small distances, and their gradient at 0 is NaN.
+    pairs = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
+    pairs = pairs.square() if squared else pairs
     same = labels[:, None] == labels
-    other = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    counted = other.any(1) & ~same.all(1)
-    positive = distance.masked_fill(~other, -torch.inf).amax(1)[counted]
-    negative = distance.masked_fill(same, torch.inf).amin(1)[counted]
-    return F.softplus(positive - negative).sum() / counted.sum().clamp(min=1)
+    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    counted = positive.any(1) & ~same.all(1)
+    farthest = pairs.masked_fill(~positive, -torch.inf).amax(1)
+    nearest = pairs.masked_fill(same, torch.inf).amin(1)
+    margin = torch.where(counted, farthest - nearest, -torch.inf)  # softplus(-inf) = 0
+    return F.softplus(margin).sum() / counted.sum().clamp(min=1)
 
 
 class CenterLoss(nn.Module):
-    """Center loss, Eq. (9): distance of each embedding (B, D) from the learned centroid of its identity (B,).
+    """Center loss, Eq. (9): distance of each embedding (B, D) from its identity's centroid.
 
-    Mean over the batch of the squared distance (Wen et al. 2016; published code), or of the norm that Eq. (9) prints
-    (`squared=False`); see D4. `centers` (C, D) starts at zero: `start_at_means` puts it where the identities are.
+    Mean over the batch of the squared distance (Wen et al. 2016; published code), or of the norm
+    that Eq. (9) prints (`squared=False`); see D4. The learned `centers` (C, D) are all zero until
+    `start_at_means` puts them where the identities are.
     """
 
     def __init__(self, num_ids: int, dim: int, squared: bool = True):
@@ -51,54 +67,78 @@ class CenterLoss(nn.Module):
         self.squared = squared
         self.centers = nn.Parameter(torch.zeros(num_ids, dim))
 
+    @property
+    def started(self) -> bool:
+        return bool(self.centers.any())
+
     @torch.no_grad()
     def start_at_means(self, features: Tensor, labels: Tensor) -> None:
-        """Put each centroid at the mean of its identity's features (N, D); labels (N,) from 0 to C - 1."""
+        """Put each centroid at the mean of its identity's features (N, D); labels (N,), below C."""
         labels = labels.to(self.centers.device)
         total = torch.zeros_like(self.centers).index_add_(0, labels, features.to(self.centers))
-        self.centers.copy_(total / labels.bincount(minlength=len(total)).clamp(min=1)[:, None])
+        count = labels.bincount(minlength=len(total)).clamp(min=1)
+        self.centers.copy_(total / count[:, None])
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return _distance(features, self.centers[labels], self.squared).mean()
+        return distance(features, self.centers[labels], self.squared).mean()
 
 
 class GraFTLoss(nn.Module):
     """The total loss, Eq. (10): alpha * triplet + beta * center + gamma * cross-entropy.
 
-    `scheme` names the token that stands for anchor, positive and negative: F fusion, D data (section 4.3); "hardest" is
-    ours. Cross-entropy and center loss see the fusion token, which is the embedding that is tested (section 3.4), whatever
-    the scheme: the anchors', or those of all samples that have a label.
+    `scheme` names the token that stands for anchor, positive and negative: F fusion, D data
+    (section 4.3); "hardest" is ours. Cross-entropy and center loss see the fusion token, which is
+    the embedding of section 3.4, whatever the scheme (see D16).
     """
 
-    def __init__(self, num_ids: int, dim: int, scheme: str = "FFD", squared: bool = True, center_squared: bool = True):
+    def __init__(
+        self,
+        num_ids: int,
+        dim: int,
+        scheme: str = "FFD",
+        squared: bool = True,
+        center_squared: bool = True,
+    ):
         super().__init__()
         if scheme not in (*SCHEMES, "hardest"):
-            raise ValueError(f"triplet scheme {scheme!r}: expected one of {', '.join(SCHEMES)}, hardest")
+            expected = ", ".join((*SCHEMES, "hardest"))
+            raise ValueError(f"triplet scheme {scheme!r}: expected one of {expected}")
         self.scheme, self.squared = scheme, squared
         self.center = CenterLoss(num_ids, dim, center_squared)
         self.weights(alpha=0.5, beta=0.0, gamma=0.5, label_smoothing=0.0)
 
     def weights(self, alpha: float, beta: float, gamma: float, label_smoothing: float) -> None:
         """Set a stage's weights; without beta the centroids are frozen."""
-        self.alpha, self.beta, self.gamma, self.label_smoothing = alpha, beta, gamma, label_smoothing
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.label_smoothing = label_smoothing
         self.center.requires_grad_(beta > 0)
 
-    def forward(self, embeddings, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Losses of B triplets: `loss`, `triplet`, `center` and `cross_entropy`, scalars.
+    def forward(
+        self, embeddings, logits: Tensor, labels: Tensor, rows: tuple[int, ...] = ()
+    ) -> dict[str, Tensor]:
+        """Losses of B triplets: `loss`, `triplet`, `cross_entropy` and `center`, scalars.
 
-        embeddings (model.Embeddings) of 3B samples: anchors, positives, negatives; logits (n, C) and labels (n,) of the
-        first n: the anchors, or all.
+        embeddings (model.Embeddings) of 3B samples: anchors, positives, negatives. logits (N, C)
+        and labels (N,) of the first N of them: the anchors, or all. `rows`: samples that each rank
+        has.
         """
-        if self.scheme == "hardest":
-            triplet = triplet_hardest(embeddings.fusion, labels, self.squared)
-        else:
-            fusion, data = embeddings.fusion.chunk(3), embeddings.data.chunk(3)
-            roles = [{"F": fusion, "D": data}[token][role] for role, token in enumerate(self.scheme)]
-            triplet = triplet_soft_margin(*roles, squared=self.squared)
         terms = {
-            "triplet": triplet,
-            "cross_entropy": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing),
-            "center": self.center(embeddings.fusion[: len(labels)], labels) if self.beta else logits.new_zeros(()),
+            "triplet": self.triplet(embeddings, labels, rows),
+            "cross_entropy": F.cross_entropy(
+                logits.float(), labels, label_smoothing=self.label_smoothing
+            ),
+            "center": logits.new_zeros(()),
         }
-        loss = self.alpha * terms["triplet"] + self.beta * terms["center"] + self.gamma * terms["cross_entropy"]
-        return {"loss": loss, **terms}
+        if self.beta:
+            terms["center"] = self.center(embeddings.fusion[: len(labels)], labels)
+        loss = self.alpha * terms["triplet"] + self.beta * terms["center"]
+        return {"loss": loss + self.gamma * terms["cross_entropy"], **terms}
+
+    def triplet(self, embeddings, labels: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """Eq. (8) on the scheme's tokens, or on the hardest triplets of all ranks' samples."""
+        if self.scheme == "hardest":
+            features = runtime.all_rows(embeddings.fusion, rows)
+            return triplet_hardest(features, runtime.all_rows(labels, rows), self.squared)
+        tokens = {"F": embeddings.fusion.chunk(3), "D": embeddings.data.chunk(3)}
+        roles = [tokens[token][role] for role, token in enumerate(self.scheme)]
+        return triplet_soft_margin(*roles, squared=self.squared)

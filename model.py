@@ -1,11 +1,10 @@
-"""GraFT, the Gradual Fusion Transformer (section 3 of the paper), by hand: ViT backbone, modality encoders, fusion.
+"""GraFT, the Gradual Fusion Transformer (section 3 of the paper): ViT, modality encoders, fusion.
 
-Shapes: B samples, M modalities, N tokens a modality, D width, L fusion tokens, C identities, H heads.
+Shapes: B samples, M modalities, N tokens of a modality, D width, L fusion tokens, C identities,
+H heads, P patch size.
 """
 
 from dataclasses import dataclass, fields
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,32 +19,28 @@ from runtime import UserError
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and project each to the model's width: Eq. (1). (B, 3, H, W) -> (B, patches, D)."""
+    """Cut an image into patches, project each to the model's width: Eq. (1).
+
+    (B, 3, H, W) -> (B, patches, D), row by row.
+    """
 
     def __init__(self, patch_size: int, dim: int, channels: int = 3):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
+    def forward(self, images: Tensor) -> Tensor:
+        B, C, H, W = images.shape
         P = self.proj.kernel_size[0]
-        patches = x.view(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
-        return F.linear(patches.reshape(B, -1, C * P * P), self.proj.weight.flatten(1), self.proj.bias)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D/H)) v, all (B, H, N, D/H): torch's fused kernel, except where the plain formula is faster.
-
-    On CPUs that is in bf16 (2 times forward, 9 times with the backward pass at 34 tokens) and to train on short sequences.
-    """
-    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or (q.requires_grad and k.shape[-2] < 64)):
-        with torch.autocast("cpu", enabled=False):
-            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # (B, H, N, N)
-            return F.dropout(weights, dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        # The convolution as the matrix product it is: on CPUs several times as fast
+        patches = images.view(B, C, H // P, P, W // P, P)  # rows and columns of patches
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
+        patches = patches.reshape(B, -1, C * P * P)  # (B, patches, C * P * P)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
         self.heads = heads
@@ -54,8 +49,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, D/H)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).view(B, N, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, D/H)
+        x = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        return self.proj(x)
 
 
 class MLP(nn.Module):
@@ -69,7 +66,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, heads: int, hidden: int, head_dim: int):
         super().__init__()
@@ -84,31 +81,50 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer (Dosovitskiy et al. 2021), with DeiT's distillation token (Touvron et al. 2021) if `distilled`.
+    """Vision Transformer (Dosovitskiy et al. 2021), with DeiT's distillation token if `distilled`.
 
-    (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, then distillation, then patches row by row.
-    Parameters are named as in timm and in the released DeiT checkpoints. `blocks` gives (heads, MLP channels) of each block
-    of a pruned one; the width of a head stays D / `heads`. Raises UserError for sizes that do not divide.
+    (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, distillation, then the patches
+    row by row. Parameters are named as in timm and in the released DeiT checkpoints. `blocks` gives
+    (heads, MLP channels) of each block of a pruned one, whose heads keep their width D / `heads`.
+    Raises UserError for sizes that do not divide.
     """
 
     def __init__(
-        self, image_size=(224, 224), patch_size=16, dim=768, depth=12, heads=12, distilled=True, channels=3, blocks=()
+        self,
+        image_size=(224, 224),
+        patch_size=16,
+        dim=768,
+        depth=12,
+        heads=12,
+        distilled=True,
+        *,
+        channels=3,
+        blocks=(),
     ):
         super().__init__()
         if any(side % patch_size for side in image_size):
-            raise UserError(f"image size {image_size[0]}x{image_size[1]}: patch {patch_size} does not divide both sides")
+            height, width = image_size
+            raise UserError(
+                f"image size {height}x{width}: patch {patch_size} does not divide both sides"
+            )
         if dim % heads:
             raise UserError(f"width {dim}: {heads} heads do not divide it")
         self.image_size = tuple(image_size)
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.frozen = False
-        self.checkpointing = False  # recompute blocks in the backward pass: less memory, a third more time
+        self.checkpointing = False  # recompute blocks in the backward pass: less memory, more time
         self.patch_embed = PatchEmbed(patch_size, dim, channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix_tokens + self.grid[0] * self.grid[1], dim))
-        self.blocks = nn.ModuleList(Block(dim, *sizes, dim // heads) for sizes in blocks or [(heads, 4 * dim)] * depth)
+        self.prefix_tokens = 2 if distilled else 1
+        num_tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
+        sizes = blocks or [(heads, 4 * dim)] * depth
+        self.blocks = nn.ModuleList(Block(dim, *size, dim // heads) for size in sizes)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self) -> None:
         for parameter in (self.cls_token, self.dist_token, self.pos_embed):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -116,10 +132,6 @@ class ViT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-
-    @property
-    def prefix_tokens(self) -> int:
-        return 1 if self.dist_token is None else 2
 
     def freeze(self, frozen: bool) -> None:
         """A frozen one has neither gradients nor a graph, and `train` leaves it in eval mode."""
@@ -130,14 +142,17 @@ class ViT(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:
-        """`patch_dropout` leaves that share of each image's patches out, by chance (PatchDropout, Liu et al. 2023)."""
+        """`patch_dropout` leaves out that share of each image's patches (Liu et al. 2023)."""
         if images.shape[-2:] != self.image_size:
-            raise ValueError(f"images of {tuple(images.shape[-2:])}: the model takes {self.image_size}")
+            found = tuple(images.shape[-2:])
+            raise ValueError(f"images of {found}: the model takes {self.image_size}")
+        # Frozen, no graph is built at all: stage 1's memory and time are the encoders' alone
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            prefix = [token.expand(len(images), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
-            x = torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed  # (B, N, D)
+            x = self.embed(images)  # (B, N, D)
+            # After the positions are added, so that a patch that stays knows where it was
             if patch_dropout:
-                x = torch.cat([x[:, : len(prefix)], random_patches(x[:, len(prefix) :], 1 - patch_dropout)], 1)
+                prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
+                x = torch.cat([prefix, random_patches(patches, 1 - patch_dropout)], 1)
             for block in self.blocks:
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, use_reentrant=False)
@@ -145,19 +160,26 @@ class ViT(nn.Module):
                     x = block(x)
             return self.norm(x)  # Eq. (2)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """The blocks' input: CLS, distillation and patch tokens with their positions, (B, N, D)."""
+        tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        prefix = [token.expand(len(images), -1, -1) for token in tokens]
+        return torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed
+
 
 def random_patches(patches: Tensor, share: float) -> Tensor:
-    """A random share of each image's patches (B, P, D), at least one."""
-    B, P, D = patches.shape
-    chosen = torch.rand(B, P, device=patches.device).topk(max(1, round(share * P)), 1).indices
-    return patches.gather(1, chosen[..., None].expand(-1, -1, D))
+    """A random share of each image's patches, (B, patches, D) -> (B, some, D), at least one."""
+    B, num_patches, D = patches.shape
+    count = max(1, round(share * num_patches))
+    kept = torch.rand(B, num_patches, device=patches.device).topk(count, 1).indices
+    return patches.gather(1, kept[..., None].expand(-1, -1, D))
 
 
 # --- modality encoder (sections 3.1, 5.2)
 
 
-class SelfAttention(nn.Module):
-    """torch.nn.MultiheadAttention's parameters; queries may be fewer than the tokens they look at."""
+class CrossAttention(nn.Module):
+    """torch.nn.MultiheadAttention's parameters; queries (B, Q, D) attend to tokens (B, N, D)."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -168,43 +190,45 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+    def project(self, queries: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Queries, keys and values of each head, (B, H, Q or N, D/H)."""
         D = tokens.shape[-1]
         q = F.linear(queries, self.in_proj_weight[:D], self.in_proj_bias[:D])
         k, v = F.linear(tokens, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, -1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D/H)
+        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)]
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        q, k, v = self.project(queries, tokens)
         x = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
-    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """How much each query looks at each token: (B, H, queries, N), rows add up to 1."""
-        D = tokens.shape[-1]
-        q = F.linear(queries, self.in_proj_weight[:D], self.in_proj_bias[:D])
-        k = F.linear(tokens, self.in_proj_weight[D : 2 * D], self.in_proj_bias[D : 2 * D])
-        q, k = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k))  # (B, H, N, D/H)
+    def attention(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """How much each query attends to each token: (B, H, Q, N), rows add up to 1."""
+        q, k, _ = self.project(queries, tokens)
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
 
 
 class ModalityEncoder(nn.Module):
-    """One torch.nn.TransformerEncoderLayer (post-norm, ReLU), its parameter names and maths. (B, N, D) -> (B, N, D).
+    """One torch.nn.TransformerEncoderLayer (post-norm, ReLU): its parameter names and maths.
 
-    `outputs`, a list of token positions, computes those alone, (B, len(outputs), D): each looks at all tokens, so the
-    result is the same for a fraction of the work.
+    (B, N, D) -> (B, N, D). Given `queries` (B, Q, D), some of the tokens, only their outputs are
+    computed, (B, Q, D): each attends to all tokens, so they are the same for a fraction of the
+    work.
     """
 
     def __init__(self, dim: int = 768, heads: int = 8, hidden: int = 2048, dropout: float = 0.1):
         super().__init__()
         if dim % heads:
             raise UserError(f"width {dim}: {heads} encoder heads do not divide it")
-        self.self_attn = SelfAttention(dim, heads, dropout)
+        self.self_attn = CrossAttention(dim, heads, dropout)
         self.linear1 = nn.Linear(dim, hidden)
         self.linear2 = nn.Linear(hidden, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, outputs: list[int] | None = None) -> Tensor:
-        x = tokens if outputs is None else tokens[:, outputs]
+    def forward(self, tokens: Tensor, queries: Tensor | None = None) -> Tensor:
+        x = tokens if queries is None else queries
         x = self.norm1(x + self.dropout(self.self_attn(x, tokens)))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
@@ -230,91 +254,86 @@ class GraFTConfig:
     dropout: float = 0.1  # torch's default; paper, 5.2
     fusion_tokens: int = 1  # paper, 5.2
     data_token: int = 0  # paper, Eq. (11)
-    bnneck_features: bool = False  # tested is what leaves the BNNeck; the paper: what enters it
-    fusion: str = "graft"  # or a baseline, see FUSIONS
-    blocks: tuple[tuple[int, int], ...] = ()  # of a pruned backbone: heads and MLP channels of each block
+    test_token: str = "fusion"  # paper, Eq. (7); or "data", see D23
+    bnneck_features: bool = False  # test what leaves the BNNeck; the paper: what enters it
+    fusion: str = "graft"  # or a baseline
+    blocks: tuple[tuple[int, int], ...] = ()  # of a pruned backbone: heads, MLP channels of each
 
     def __post_init__(self):
-        """Raises UserError for what no model has, since a configuration may come from a stranger's file."""
+        """Raises UserError for what no model has: a config may come from a stranger's file."""
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not type(field.default):
-                raise UserError(f"{field.name} {value!r}: expected a {type(field.default).__name__}")
+                expected = type(field.default).__name__
+                raise UserError(f"{field.name} {value!r}: expected a {expected}")
             if type(value) is int and not 0 <= value < 2**20:
                 raise UserError(f"{field.name} {value}: expected a number from 0 to a million")
-        many = max(self.depth, self.fusion_tokens, len(self.modalities), len(self.blocks))
-        if many > 1000:
-            raise UserError(f"{many} blocks, fusion tokens or modalities: expected at most 1000")
+        largest = max(self.depth, self.fusion_tokens, len(self.modalities), len(self.blocks))
+        if largest > 1000:
+            raise UserError(f"{largest} blocks, fusion tokens or modalities: expected at most 1000")
+        if self.test_token not in ("fusion", "data"):
+            raise UserError(f"test token {self.test_token!r}: expected fusion or data")
+        if self.test_token == "data" and self.bnneck_features:
+            raise UserError("the data token has no BNNeck: --test-token data, or BNNeck features")
 
 
 BACKBONES = {
     "deit-b": {},  # DeiT-B, the defaults above
-    "small": {"dim": 192, "depth": 6, "heads": 3, "encoder_hidden": 512},  # ours, for the embedded data set
+    "small": {"dim": 192, "depth": 6, "heads": 3, "encoder_hidden": 512},  # of the synthetic set
 }
 
 
 class Embeddings(NamedTuple):
-    """Both (B, L * D), float32. `fusion` is the embedding, Eq. (7); `data` the sampled data token, Eq. (12)."""
+    """Both (B, L * D), float32. `fusion` is the embedding, Eq. (7); `data` the sampled data token,
+    Eq. (12)."""
 
     fusion: Tensor
     data: Tensor
 
 
-class SyncBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm1d over the batches of all ranks. torch.nn.SyncBatchNorm does the same, on CUDA only."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, D)
-        if not self.training:
-            return super().forward(x)
-        B, D = x.shape
-        total = runtime.all_sum(torch.cat([x.sum(0), x.new_tensor([B])]))
-        count = total[D].detach()
-        if count < 2:
-            raise UserError("batch of 1: BatchNorm cannot train on it; raise --batch-size")
-        mean = total[:D] / count
-        variance = runtime.all_sum((x - mean).square().sum(0)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
-
-
 class MultiModalModel(nn.Module):
-    """What GraFT and its baselines share. model({modality: (B, 3, H, W)}) -> Embeddings; `classify` -> (B, C).
+    """What GraFT and its baselines share: backbone, BNNeck, classifier.
 
-    Any of the modalities may be given. Raises ValueError for none, or for an unknown one.
+    model({modality: (B, 3, H, W)}) -> Embeddings, from any of its modalities. Raises ValueError for
+    none, or for an unknown one.
     """
 
     def __init__(self, config: GraFTConfig, width: int):
         super().__init__()
         self.config, self.width = config, width
-        self.patch_dropout = 0.0  # of a training step, see ViT
+        self.patch_dropout = 0.0  # share of the patches that a training step leaves out, see ViT
         self.bottleneck = SyncBatchNorm1d(width)  # BNNeck (Luo et al. 2019)
-        self.bottleneck.bias.requires_grad_(False)
+        self.bottleneck.bias.requires_grad_(False)  # paper, 3.4: no bias in BN and FC
         self.classifier = nn.Linear(width, config.num_ids, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
-    def look(self, backbone: ViT, images: Tensor) -> Tensor:
-        """A backbone's tokens of images (B, 3, H, W): all, but for the patches that a training step leaves out."""
-        return backbone(images, self.patch_dropout if self.training else 0.0)
-
     def new_backbone(self, channels: int = 3) -> ViT:
-        config = self.config
-        sizes = (config.image_size, config.patch_size, config.dim, config.depth, config.heads, config.distilled)
-        return ViT(*sizes, channels, config.blocks)
+        c = self.config
+        sizes = (c.image_size, c.patch_size, c.dim, c.depth, c.heads, c.distilled)
+        return ViT(*sizes, channels=channels, blocks=c.blocks)
 
     def new_encoder(self) -> ModalityEncoder:
-        config = self.config
-        return ModalityEncoder(config.dim, config.encoder_heads, config.encoder_hidden, config.dropout)
+        c = self.config
+        return ModalityEncoder(c.dim, c.encoder_heads, c.encoder_hidden, c.dropout)
 
-    def forward(self, images: dict[str, Tensor]) -> Embeddings:
+    def check(self, images: dict[str, Tensor]) -> None:
         if not images or images.keys() - set(self.config.modalities):
-            raise ValueError(f"modalities {', '.join(images) or 'none'}: the model has {', '.join(self.config.modalities)}")
-        return self.fuse(images)
+            given, expected = ", ".join(images) or "none", ", ".join(self.config.modalities)
+            raise ValueError(f"modalities {given}: the model has {expected}")
+
+    def tokens(self, backbone: ViT, images: Tensor) -> Tensor:
+        """A backbone's tokens of (B, 3, H, W), without the patches that a training step drops."""
+        return backbone(images, self.patch_dropout if self.training else 0.0)
+
+    def extract(self, images: dict[str, Tensor]) -> Tensor:
+        """The shared backbone on the images of all modalities in one batch: (B, M, N, D)."""
+        B, M = len(next(iter(images.values()))), len(images)
+        tokens = self.tokens(self.backbone, torch.cat(list(images.values())))  # (M * B, N, D)
+        return tokens.unflatten(0, (M, B)).transpose(0, 1)
 
     def classify(self, fusion: Tensor) -> Tensor:
-        """Logits (B, C) of fusion embeddings (B, width), behind the BNNeck; both in float32."""
+        """Logits (B, C) of fusion embeddings (B, L * D), behind the BNNeck; in float32."""
+        # Not in bf16, which would round the batch's mean and variance
         with torch.autocast(fusion.device.type, enabled=False):
             return self.classifier(self.bottleneck(fusion.float()))
 
@@ -329,217 +348,114 @@ class MultiModalModel(nn.Module):
         self.train(self.training)
 
     def num_parameters(self, nonzero: bool = False) -> int:
-        """Parameters of what makes the embedding: all but the BNNeck and the classifier, which only training needs."""
+        """Parameters of what makes the embedding: without BNNeck and classifier."""
         head = {*self.bottleneck.parameters(), *self.classifier.parameters()}
         parameters = [parameter for parameter in self.parameters() if parameter not in head]
-        return sum(int(parameter.count_nonzero()) if nonzero else parameter.numel() for parameter in parameters)
+        return sum(int(p.count_nonzero()) if nonzero else p.numel() for p in parameters)
 
 
-class SharedBackboneModel(MultiModalModel):
-    """One backbone sees the images of all modalities, in one batch."""
-
-    def __init__(self, config: GraFTConfig, width: int):
-        super().__init__(config, width)
-        self.backbone = self.new_backbone()
-
-    def extract(self, images: dict[str, Tensor]) -> Tensor:
-        """Data tokens of all modalities, (B, M, N, D)."""
-        B, M = len(next(iter(images.values()))), len(images)
-        tokens = self.look(self.backbone, torch.cat(list(images.values())))  # (M * B, N, D)
-        return tokens.unflatten(0, (M, B)).transpose(0, 1)
-
-
-class GraFT(SharedBackboneModel):
-    """The Gradual Fusion Transformer: L fusion tokens pass each modality's own encoder beside its data tokens."""
+class GraFT(MultiModalModel):
+    """L fusion tokens pass each modality's own encoder beside its data tokens (Fig. 3)."""
 
     def __init__(self, config: GraFTConfig):
         L = config.fusion_tokens
         super().__init__(config, L * config.dim)
-        self.encoders = nn.ModuleDict({modality: self.new_encoder() for modality in config.modalities})
+        self.backbone = self.new_backbone()
+        self.encoders = nn.ModuleDict({name: self.new_encoder() for name in config.modalities})
         self.fusion_token = nn.Parameter(torch.empty(1, L, config.dim))
         nn.init.xavier_uniform_(self.fusion_token[0])
-        tokens = self.backbone.pos_embed.shape[1]
-        if not 0 <= config.data_token <= tokens - L:
-            raise UserError(f"data token {config.data_token}: expected 0 to {tokens - L} ({tokens} data tokens, {L} taken)")
-        # Of each encoder's output only the fusion tokens, and as many data tokens, go on
-        self.outputs = [*range(L), *range(L + config.data_token, 2 * L + config.data_token)]
+        num_tokens = self.backbone.pos_embed.shape[1]
+        if config.data_token > num_tokens - L:
+            raise UserError(
+                f"data token {config.data_token}: expected 0 to {num_tokens - L}"
+                f" ({num_tokens} data tokens, {L} of them taken)"
+            )
 
-    def fuse(self, images: dict[str, Tensor]) -> Embeddings:
-        tokens = self.extract(images)  # (B, M, N, D)
+    def forward(self, images: dict[str, Tensor]) -> Embeddings:
+        self.check(images)
+        L, first = self.config.fusion_tokens, self.config.data_token
+        data_tokens = self.extract(images)  # Eq. (1), (2): (B, M, N, D)
         fusion, data = [], []
         for i, modality in enumerate(images):
-            joined = torch.cat([self.fusion_token.expand(len(tokens), -1, -1), tokens[:, i]], 1)  # Eq. (3)
-            encoded = self.encoders[modality](joined, self.outputs)  # Eq. (4)
-            z_f, z_d = encoded.flatten(1).float().chunk(2, 1)  # Eq. (5), (11): 2 x (B, L * D)
-            fusion.append(z_f)
-            data.append(z_d)
-        return Embeddings(torch.stack(fusion).mean(0), torch.stack(data).mean(0))  # Eq. (6), (12)
+            fusion_token = self.fusion_token.expand(len(data_tokens), -1, -1)  # (B, L, D)
+            tokens = torch.cat([fusion_token, data_tokens[:, i]], 1)  # Eq. (3): (B, L + N, D)
+            # Only the fusion tokens and L data tokens go on, so the encoder computes no others
+            sampled = data_tokens[:, i, first : first + L]
+            queries = torch.cat([fusion_token, sampled], 1)
+            z = self.encoders[modality](tokens, queries).float()  # Eq. (4): (B, 2 * L, D)
+            fusion.append(z[:, :L])  # Eq. (5)
+            data.append(z[:, L:])  # Eq. (11)
+        z_f, z_d = torch.stack(fusion).mean(0), torch.stack(data).mean(0)  # Eq. (6), (12)
+        return Embeddings(z_f.flatten(1), z_d.flatten(1))  # Eq. (7)
 
     @torch.no_grad()
     def attention(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Where the fusion tokens look in each modality's encoder (Fig. 4): weights of the patches, (B, rows, columns).
+        """The fusion tokens' attention in each modality's encoder (Fig. 4): (B, rows, columns).
 
-        Means over heads and fusion tokens; with what goes to the fusion, CLS and distillation tokens they add up to 1.
+        Means over heads and fusion tokens; together with what goes to the fusion, CLS and
+        distillation tokens they add up to 1.
         """
-        tokens, L = self.extract(images), self.config.fusion_tokens
-        result = {}
+        data_tokens, maps = self.extract(images), {}
+        first_patch = self.config.fusion_tokens + self.backbone.prefix_tokens
         for i, modality in enumerate(images):
-            fusion = self.fusion_token.expand(len(tokens), -1, -1)
-            weights = self.encoders[modality].self_attn.weights(fusion, torch.cat([fusion, tokens[:, i]], 1)).mean((1, 2))
-            result[modality] = weights[:, L + self.backbone.prefix_tokens :].unflatten(1, self.backbone.grid)
-        return result
-
-
-# --- baselines (Tables 1, 2, 5; section 1). Their embedding is data and fusion token in one, so they are trained with FFF.
-
-
-class VanillaFusion(SharedBackboneModel):
-    """Tokens of all modalities, concatenated, through one encoder layer; `take` says what is the embedding: "cls" a new
-    learnable token, "first-cls" the first modality's own CLS token (what the published code takes), "average" the mean.
-    """
-
-    def __init__(self, config: GraFTConfig, take: str):
-        super().__init__(config, config.dim)
-        self.encoder, self.outputs = self.new_encoder(), None if take == "average" else [0]
-        if take == "cls":
-            self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-            nn.init.xavier_uniform_(self.cls_token[0])
-
-    def fuse(self, images: dict[str, Tensor]) -> Embeddings:
-        tokens = self.extract(images).flatten(1, 2)  # (B, M * N, D)
-        if hasattr(self, "cls_token"):
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
-        embedding = self.encoder(tokens, self.outputs).float().mean(1)
-        return Embeddings(embedding, embedding)
-
-
-class MultiStream(MultiModalModel):
-    """A backbone and an encoder of its own for each modality; their CLS tokens' mean is the embedding."""
-
-    def __init__(self, config: GraFTConfig):
-        super().__init__(config, config.dim)
-        self.backbone = nn.ModuleDict({modality: self.new_backbone() for modality in config.modalities})
-        self.encoders = nn.ModuleDict({modality: self.new_encoder() for modality in config.modalities})
-
-    def fuse(self, images: dict[str, Tensor]) -> Embeddings:
-        streams = []
-        for modality, image in images.items():
-            streams.append(self.encoders[modality](self.look(self.backbone[modality], image), [0])[:, 0].float())
-        embedding = torch.stack(streams).mean(0)
-        return Embeddings(embedding, embedding)
-
-
-class EarlyFusion(MultiModalModel):
-    """Modalities stacked as channels of one image; the CLS token is the embedding. One that is absent is all zeros."""
-
-    def __init__(self, config: GraFTConfig):
-        super().__init__(config, config.dim)
-        self.backbone, self.encoder = self.new_backbone(3 * len(config.modalities)), self.new_encoder()
-
-    def fuse(self, images: dict[str, Tensor]) -> Embeddings:
-        absent = torch.zeros_like(next(iter(images.values())))
-        stacked = torch.cat([images.get(modality, absent) for modality in self.config.modalities], 1)  # (B, 3 * M, H, W)
-        embedding = self.encoder(self.look(self.backbone, stacked), [0])[:, 0].float()
-        return Embeddings(embedding, embedding)
-
-
-FUSIONS = {
-    "graft": GraFT,
-    "cls": partial(VanillaFusion, take="cls"),
-    "first-cls": partial(VanillaFusion, take="first-cls"),
-    "average": partial(VanillaFusion, take="average"),
-    "multistream": MultiStream,
-    "early": EarlyFusion,
-}
+            fusion = self.fusion_token.expand(len(data_tokens), -1, -1)
+            tokens = torch.cat([fusion, data_tokens[:, i]], 1)
+            weights = self.encoders[modality].self_attn.attention(fusion, tokens).mean((1, 2))
+            maps[modality] = weights[:, first_patch:].unflatten(1, self.backbone.grid)
+        return maps
 
 
 def build_model(config: GraFTConfig) -> MultiModalModel:
-    """The model that `config` describes. Raises UserError for one that does not exist."""
-    if config.fusion not in FUSIONS:
-        raise UserError(f"fusion {config.fusion!r}: expected one of {', '.join(FUSIONS)}")
-    return FUSIONS[config.fusion](config)
+    """GraFT, or the baseline that `config.fusion` names. Raises UserError for any other name."""
+    if config.fusion == "graft":
+        return GraFT(config)
+    from baselines import BASELINES
+
+    if config.fusion not in BASELINES:
+        expected = ", ".join(("graft", *BASELINES))
+        raise UserError(f"fusion {config.fusion!r}: expected one of {expected}")
+    return BASELINES[config.fusion](config)
 
 
-# --- pretrained backbones
+def load_backbone(model: nn.Module, path) -> list[str]:
+    """Load pretrained weights; see pretrained.load_backbone."""
+    import pretrained
 
-DEIT_URL = "https://dl.fbaipublicfiles.com/deit/"
-DEIT_FILES = {True: "deit_base_distilled_patch16_224-df68dfff.pth", False: "deit_base_patch16_224-b5f2ef4d.pth"}
-HEADS = ("head.", "head_dist.", "heads.")  # classifiers of other data sets: the only weights left out
-TORCHVISION_NAMES = {
-    "class_token": "cls_token", "conv_proj": "patch_embed.proj", "encoder.pos_embedding": "pos_embed",
-    "encoder.layers.encoder_layer_": "blocks.", "encoder.ln": "norm", "ln_1": "norm1", "ln_2": "norm2",
-    "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
-    "mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2",
-}  # fmt: skip
+    return pretrained.load_backbone(model, path)
 
 
-def resize_pos_embed(pos_embed: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Bicubic resizing of the patches' position embeddings (1, prefix + old patches, D) to another grid (rows, columns)."""
-    grid = pos_embed[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-    grid = F.interpolate(grid, new, mode="bicubic", antialias=True)
-    return torch.cat([pos_embed[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)
+# --- what stands for a layer of torch's, and why
 
 
-def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
-    """Load pretrained weights into a ViT, or into every ViT of a model; returns the names left out (classifiers only).
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d over the samples of all ranks. torch.nn.SyncBatchNorm does so on CUDA only."""
 
-    Reads a released DeiT file ({"model": ...}), a timm or torchvision ViT state dict, and a checkpoint of this project.
-    Position embeddings are resized when the image size differs. `path` may be "deit": the released file of DeiT-B, by
-    torch.hub. Raises UserError where the file cannot be read, or a weight is missing, superfluous or of another shape.
+    def forward(self, x: Tensor) -> Tensor:  # (B, D)
+        if not self.training:
+            return super().forward(x)
+        B, D = x.shape
+        if B < 2 and runtime.world_size() == 1:
+            raise UserError("batch of 1: BatchNorm cannot train on it; raise --batch-size")
+        total = runtime.all_sum(torch.cat([x.sum(0), x.new_full((1,), B)]))
+        count = total[D].detach()
+        mean = total[:D] / count
+        variance = runtime.all_sum((x - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D/H)) v, all (B, H, N, D/H), by torch's fused kernel.
+
+    On CPUs that kernel is slow in bf16 (the plain formula is 2 times as fast forward and 9 times
+    with the backward pass, at 34 tokens), and slower than it in training on short sequences.
     """
-    vits = [module for module in model.modules() if isinstance(module, ViT)]  # of the same shape
-    vit = vits[0]
-    if str(path) == "deit":
-        path = _fetch_deit(vit)
-    checkpoint = runtime.load_checkpoint(path)
-    state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no state dict of a ViT")
-    if any(name.startswith("backbone.") for name in state):
-        state = {name.removeprefix("backbone."): w for name, w in state.items() if name.startswith("backbone.")}
-    if "class_token" in state:
-        for theirs, ours in TORCHVISION_NAMES.items():
-            state = {name.replace(theirs, ours): weight for name, weight in state.items()}
-    dropped = [name for name in state if name.startswith(HEADS)]
-    state = {name: weight.float() for name, weight in state.items() if name not in dropped}
-    expected = vit.state_dict()
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        hint = "; a model without the distillation token takes --no-distilled" if missing == ["dist_token"] else ""
-        hint = "; it has a distillation token: leave out --no-distilled" if unknown == ["dist_token"] else hint
-        raise UserError(f"{path}: not the weights of this backbone: lacks {_some(missing)}, has also {_some(unknown)}{hint}")
-    rows = checkpoint.get("config", {}).get("image_size")
-    patches = state["pos_embed"].shape[1] - vit.prefix_tokens
-    patch = state["patch_embed.proj.weight"].shape[-1]
-    old = tuple(side // patch for side in rows) if rows else (int(patches**0.5),) * 2  # other code bases: square images
-    if old != vit.grid and old[0] * old[1] == patches:
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], vit.prefix_tokens, old, vit.grid)
-    if (stacked := vit.patch_embed.proj.in_channels // 3) > 1:  # early fusion: each modality starts with its share
-        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].repeat(1, stacked, 1, 1) / stacked
-    for name, weight in expected.items():
-        if state[name].shape != weight.shape:
-            raise UserError(
-                f"{path}: {name} has the shape {tuple(state[name].shape)}, this backbone's has {tuple(weight.shape)};"
-                " choose the --backbone that the file was made for"
-            )
-    for vit in vits:
-        vit.load_state_dict(state)
-    return dropped
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
-
-
-def _fetch_deit(vit: ViT) -> Path:
-    name = DEIT_FILES[vit.dist_token is not None]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    try:
-        with runtime.rank0_first():
-            torch.hub.load_state_dict_from_url(DEIT_URL + name, weights_only=True)
-    except OSError as error:
-        raise UserError(
-            f"{DEIT_URL}{name}: cannot be fetched ({error}); fetch it elsewhere and put it at {path},"
-            " or name a file by --backbone-weights FILE (none: train from random weights)"
-        ) from None
-    return path
+    short = q.requires_grad and k.shape[-2] < 64
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or short):
+        with torch.autocast("cpu", enabled=False):
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # (B, H, N, N)
+            return F.dropout(weights, dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)

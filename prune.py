@@ -1,18 +1,18 @@
-"""Prune a trained model's backbone in rounds, finetuning after each (section 5.4), and say what size and speed cost.
+"""Prune a trained model's backbone in rounds and finetune (section 5.4, Tables 3, 4, Fig. 1).
 
-python prune.py runs/synthetic/last.pt --keep 0.69 0.62 0.5 0.34           the fractions of Table 3
-python prune.py runs/rgbnt100/last.pt --params 76M 70M 60M 46M --half      non-zero parameters of the whole model
-python prune.py runs/synthetic/last.pt --keep 0.5 --structured             whole heads and MLP channels: a smaller dense model
+python prune.py runs/synthetic/last.pt --keep 0.69 0.62 0.5 0.34       Table 3's fractions
+python prune.py runs/rgbnt100/last.pt --params 76M 70M 60M 46M --half  its parameters
+python prune.py runs/synthetic/last.pt --keep 0.5 --structured         whole heads and MLP channels
 
-Each target goes on from the one before. OUT/TARGET.pt, e.g. OUT/46M.pt, are checkpoints like any other: evaluate.py reads
-them, prune.py goes on from them. OUT/results.json holds the table; OUT/last.pt what --resume needs.
+Each target goes on from the one before. OUT/TARGET.pt, e.g. OUT/46M.pt, are checkpoints like any
+other: evaluate.py reads them, prune.py goes on from them. OUT/results.json holds the table,
+OUT/last.pt what --resume needs.
 """
 
-import argparse
 import re
 import time
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -24,14 +24,16 @@ from torch.nn.utils import prune
 import evaluate
 import runtime
 import train
-from extras import pictures
 from model import MultiModalModel, build_model
-from runtime import UserError
+from runtime import UserError, real, whole
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # of each block
-# What --resume must not change
-PLAN = ("params", "keep", "structured", "rounds", "finetune_epochs", "epoch_steps", "lr", "seed")
 CHANNELS = 16  # MLP channels go by so many: what matrix products like
+# What --resume must not change
+PLAN = (
+    "params", "keep", "structured", "rounds", "finetune_epochs", "epoch_steps", "lr", "schedule",
+    "seed",
+)  # fmt: skip
 
 
 # --- what can be pruned: the weights of the backbone's attention and MLPs (section 5.4)
@@ -39,8 +41,12 @@ CHANNELS = 16  # MLP channels go by so many: what matrix products like
 
 def layers(model: MultiModalModel) -> dict[str, nn.Linear]:
     """The layers to prune, by name."""
-    parts = tuple(f".{layer}" for layer in LAYERS)
-    return {name: layer for name, layer in model.named_modules() if name.endswith(parts) and "backbone" in name.split(".")[0]}
+    endings = tuple(f".{layer}" for layer in LAYERS)
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if name.startswith("backbone.") and name.endswith(endings)
+    }
 
 
 def prunable(model: MultiModalModel) -> int:
@@ -54,24 +60,28 @@ def kept(model: MultiModalModel) -> int:
 
 
 def sparsity(model: MultiModalModel) -> dict[str, float]:
-    """The share of each prunable weight that is zero or gone; query, key and value are row blocks of one matrix."""
+    """The share of each prunable weight that is zero or gone; qkv as its three row blocks."""
     shares = {}
     for name, layer in layers(model).items():
-        parts = zip("qkv", layer.weight.chunk(3), strict=True) if name.endswith("qkv") else [("", layer.weight)]
-        for part, weight in parts:
-            size = model.config.dim**2 * (4 if "mlp" in name else 1)
-            shares[name.removesuffix("qkv") + part] = 1 - int(weight.count_nonzero()) / size
+        size = model.config.dim**2 * (4 if "mlp" in name else 1)
+        parts = {name: layer.weight}
+        if name.endswith("qkv"):
+            stem = name.removesuffix("qkv")
+            q, k, v = layer.weight.chunk(3)
+            parts = {f"{stem}q": q, f"{stem}k": k, f"{stem}v": v}
+        for part, weight in parts.items():
+            shares[part] = 1 - int(weight.count_nonzero()) / size
     return shares
 
 
-# --- pruning
+# --- masks
 
 
 def mask(model: MultiModalModel, keep: int) -> None:
-    """Mask the smallest weights of all layers together, so that `keep` are left. What is zero already goes first.
+    """Mask the smallest weights of all layers together, so that `keep` are left.
 
-    A masked weight is the product of a parameter and a mask of zeros and ones, made anew before each forward pass: neither
-    gradient, momentum nor weight decay can bring it back.
+    What is zero already goes first. A masked weight is the product of a parameter and a mask, made
+    anew before each forward pass: neither gradient, momentum nor weight decay can bring it back.
     """
     weights = [(layer, "weight") for layer in layers(model).values()]
     amount = sum(layer.weight.numel() for layer, _ in weights) - keep
@@ -84,234 +94,357 @@ def make_permanent(model: MultiModalModel) -> None:
         prune.remove(layer, "weight")
 
 
+# --- smaller dense models
+
+
 @torch.no_grad()
 def shrink(model: MultiModalModel, keep: int) -> MultiModalModel:
-    """A dense model with some `keep` of the prunable weights: the strongest heads and MLP channels by their weights' L2 norm.
+    """A dense model with some `keep` of the prunable weights: its strongest heads and MLP channels.
 
-    Heads and channels shrink alike. Each block keeps one head and CHANNELS channels at least. Raises UserError for a model
-    with several backbones.
+    Strength is the L2 norm of a group's weights; heads and channels shrink alike, and each block
+    keeps one head and CHANNELS channels at least. Raises UserError for a model of several
+    backbones.
     """
     if len(model.backbones) != 1:
-        raise UserError(f"--structured: the model has {len(model.backbones)} backbones; expected one, shared")
+        raise UserError(
+            f"--structured: --fusion {model.config.fusion} has {len(model.backbones)} backbones;"
+            " expected one, shared"
+        )
     config, state = model.config, model.state_dict()
     D, d = config.dim, config.dim // config.heads  # width of the model, of a head
-    squares = [[block.get_submodule(layer).weight.square() for layer in LAYERS] for block in model.backbone.blocks]
-    heads = [qkv.view(3, -1, d * D).sum((0, 2)) + proj.view(D, -1, d).sum((0, 2)) for qkv, proj, _, _ in squares]
-    channels = [fc1.sum(1) + fc2.sum(0) for _, _, fc1, fc2 in squares]
-    heads = strongest(heads, round(keep / prunable(model) * config.heads * config.depth))
-    channels = strongest(channels, (keep - 4 * d * D * sum(map(len, heads))) // (2 * D), CHANNELS)
-    smaller = build_model(replace(config, blocks=tuple((len(h), len(c)) for h, c in zip(heads, channels, strict=True))))
+    head_norms, channel_norms = [], []
+    for block in model.backbone.blocks:
+        qkv, proj, fc1, fc2 = (block.get_submodule(layer).weight.square() for layer in LAYERS)
+        head_norms.append(qkv.view(3, -1, d * D).sum((0, 2)) + proj.view(D, -1, d).sum((0, 2)))
+        channel_norms.append(fc1.sum(1) + fc2.sum(0))
+    num_heads = round(keep / prunable(model) * config.heads * config.depth)
+    heads = strongest(head_norms, num_heads)
+    num_channels = (keep - 4 * d * D * sum(map(len, heads))) // (2 * D)
+    channels = strongest(channel_norms, num_channels, CHANNELS)
+    blocks = tuple((len(h), len(c)) for h, c in zip(heads, channels, strict=True))
+    smaller = build_model(replace(config, blocks=blocks))
     for i, (head, channel) in enumerate(zip(heads, channels, strict=True)):
         attn, mlp = f"backbone.blocks.{i}.attn.", f"backbone.blocks.{i}.mlp."
-        state[attn + "qkv.weight"] = state[attn + "qkv.weight"].view(3, -1, d, D)[:, head].reshape(-1, D)
+        weight = state[attn + "qkv.weight"].view(3, -1, d, D)
+        state[attn + "qkv.weight"] = weight[:, head].reshape(-1, D)
         state[attn + "qkv.bias"] = state[attn + "qkv.bias"].view(3, -1, d)[:, head].flatten()
-        state[attn + "proj.weight"] = state[attn + "proj.weight"].view(D, -1, d)[:, head].flatten(1)
+        weight = state[attn + "proj.weight"].view(D, -1, d)
+        state[attn + "proj.weight"] = weight[:, head].flatten(1)
         state[mlp + "fc1.weight"] = state[mlp + "fc1.weight"][channel]
         state[mlp + "fc1.bias"] = state[mlp + "fc1.bias"][channel]
         state[mlp + "fc2.weight"] = state[mlp + "fc2.weight"][:, channel]
     smaller.load_state_dict(state)
-    return smaller.to(model.fusion_token.device)
+    return smaller.to(model.classifier.weight.device)
 
 
 def strongest(norms: list[Tensor], count: int, multiple: int = 1) -> list[Tensor]:
-    """Of all blocks' groups with these norms, the indices of the `count` largest in each block, in order.
+    """Of all blocks' groups with these norms, the indices of the `count` largest in each block.
 
     Each block keeps a multiple of `multiple`, the nearest, and at least that.
     """
-    threshold = torch.cat(norms).sort(descending=True).values[max(0, min(count, sum(map(len, norms))) - 1)]
-    chosen = []
+    ordered = torch.cat(norms).sort(descending=True).values
+    threshold = ordered[max(0, min(count, len(ordered)) - 1)]
+    indices = []
     for norm in norms:
         n = max(1, round(int((norm >= threshold).sum()) / multiple)) * multiple
-        chosen.append(norm.topk(min(n, len(norm))).indices.sort().values)
-    return chosen
+        indices.append(norm.topk(min(n, len(norm))).indices.sort().values)
+    return indices
 
 
 # --- rounds
 
 
-def speed(model: MultiModalModel, device: torch.device, precision: str, repeats: int = 3) -> float:
-    """Samples a second that the model embeds, all modalities, images at hand: the median of `repeats` batches."""
-    config, seconds = model.config, []
-    images = torch.rand(evaluate.BATCH_SIZE, 3, *config.image_size, device=device)
-    model.eval()
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        with torch.no_grad(), runtime.autocast(device, precision):
-            float(model(dict.fromkeys(config.modalities, images)).fusion.sum())  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return len(images) / median(seconds[1:])
+@dataclass
+class Pruning:
+    """What is to be done and what is done: `targets` are labels and fractions, largest first."""
+
+    plan: dict
+    targets: dict[str, float]
+    start: float  # fraction that was left at first
+    rounds: int = 0
+    rows: list | None = None
+    log_size: int = 0
+
+    def fractions(self, number: int) -> list[float]:
+        """What is left after each round: `number` equal factors to each of the targets."""
+        steps = []
+        for before, target in pairwise([self.start, *self.targets.values()]):
+            steps += [before * (target / before) ** (i / number) for i in range(1, number + 1)]
+        return steps
 
 
-def write(path: Path, model: MultiModalModel, about: dict, half: bool = False) -> None:
-    """Write a checkpoint with packed weights: 4 bytes (`half`: 2) a non-zero parameter, and a bit a prunable one."""
-    state = {name: weight.cpu() for name, weight in model.state_dict().items()}
-    if half:
-        state = {name: weight.half() if weight.is_floating_point() else weight for name, weight in state.items()}
-    state |= {f"{name}.weight": runtime.pack(state[f"{name}.weight"]) for name in layers(model)}
-    if runtime.rank() == 0:
-        runtime.save_checkpoint(path, {**about, "model": state})
-
-
-def rounds(keeps: list[float], start: float, number: int) -> list[float]:
-    """The fractions that are left after each round: `number` equal factors to each of the targets."""
-    steps = []
-    for before, target in pairwise([start, *keeps]):
-        steps += [before * (target / before) ** (i / number) for i in range(1, number + 1)]
-    return steps
-
-
-def finetune(run: train.Run, number: int, stage: train.Stage, keep: int, structured: bool) -> None:
-    """One round: prune so that `keep` weights are left, and train on."""
+def finetune(run: train.Run, stage: train.Stage, keep: int, structured: bool) -> None:
+    """One round: prune so that `keep` weights are left, train on. Centroids stay as they are."""
     if structured:
-        run.model = shrink(run.model, keep)
+        run.embedder = replace(run.embedder, model=shrink(run.model, keep))
     else:
         mask(run.model, keep)
+    run.progress = train.Progress(stage.number)
     if stage.epochs:
-        train.train_stage(run, number, stage, train.Progress())
+        train.train_stage(run, stage)
     if not structured:
         make_permanent(run.model)
 
 
-def add_row(run: train.Run, label: str, half: bool, progress: dict) -> None:
+def write(path: Path, model: MultiModalModel, description: dict, half: bool = False) -> None:
+    """Write a checkpoint of packed weights: 4 bytes (`half`: 2) each, and a bit a prunable one."""
+    state = {name: weight.cpu() for name, weight in model.state_dict().items()}
+    if half:
+        state = {name: w.half() if w.is_floating_point() else w for name, w in state.items()}
+    for name in layers(model):
+        state[f"{name}.weight"] = runtime.pack(state[f"{name}.weight"])
+    if runtime.rank() == 0:
+        runtime.save_checkpoint(path, {**description, "model": state})
+
+
+def add_row(run: train.Run, label: str, half: bool, pruning: Pruning) -> None:
     """Write OUT/LABEL.pt, and what the model in it is worth to the table."""
-    file, args = run.args.out / f"{label}.pt", run.args
-    write(file, run.model, run.about(), half)
+    file = run.args.out / f"{label}.pt"
     with runtime.rank0_first():
-        model = evaluate.load_model(file)[0].to(run.device)
-    splits = run.dataset.query, run.dataset.gallery, run.dataset.mean, run.dataset.std
-    metrics = evaluate.evaluate(model, *splits, run.device, args.precision, args.workers)
+        write(file, run.model, run.describe(), half)
+    model, _ = evaluate.load_model(file)
+    embedder = replace(run.embedder, model=model)
+    ranking = evaluate.rank_splits(embedder, run.dataset.query, run.dataset.gallery)
+    metrics = evaluate.figures(model, ranking)
     row = {
         "label": label,
         "params": model.num_parameters(nonzero=True),
         "kept": kept(model) / prunable(model),
         "bytes": file.stat().st_size,
         **{name: metrics[name] for name in ("mAP", "R1", "R5", "R10")},
-        "samples_per_second": round(speed(model, run.device, args.precision), 1),
+        "samples_per_second": round(speed(embedder), 1),
+        "sparsity": sparsity(model),
     }
-    runtime.print0(f"{label}: {row['params'] / 1e6:.2f} M parameters, {evaluate.summary(metrics)}")
-    progress["rows"].append({**row, "sparsity": sparsity(model)})
+    shown = evaluate.summary(metrics)
+    runtime.print0(f"{label}: {row['params'] / 1e6:.2f} M parameters, {shown}")
+    pruning.rows.append(row)
     if runtime.rank() == 0:
-        runtime.write_json(args.out / "results.json", progress)
+        runtime.write_json(run.args.out / "results.json", vars(pruning))
+
+
+def speed(embedder: evaluate.Embedder, repeats: int = 3) -> float:
+    """Samples a second that are embedded, all modalities, images at hand: median of `repeats`."""
+    config, seconds = embedder.model.config, []
+    images = torch.rand(evaluate.BATCH_SIZE, 3, *config.image_size, device=embedder.device)
+    embedder.model.eval()
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        with torch.no_grad(), embedder.autocast():
+            fusion = embedder.model(dict.fromkeys(config.modalities, images)).fusion
+            float(fusion.sum())  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return len(images) / median(seconds[1:])
+
+
+def tables(rows: list[dict]) -> str:
+    """In Markdown: what each target is worth, and how much of each layer's weights is gone."""
+    head = [
+        "",
+        "non-zero parameters",
+        "kept",
+        "file",
+        "mAP %",
+        "R1 %",
+        "R5 %",
+        "R10 %",
+        "samples/s",
+    ]
+    lines = [head]
+    for row in rows:
+        sizes = [f"{row['params'] / 1e6:.2f} M", f"{row['kept']:.3f}"]
+        sizes.append(f"{row['bytes'] / 1e6:.2f} MB")
+        figures = [f"{100 * row[name]:.1f}" for name in ("mAP", "R1", "R5", "R10")]
+        lines.append([row["label"], *sizes, *figures, f"{row['samples_per_second']:.0f}"])
+    gone = [["gone in %", *(row["label"] for row in rows)]]
+    for name in rows[0]["sparsity"]:
+        gone.append([name, *(f"{100 * row['sparsity'][name]:.1f}" for row in rows)])
+    return f"{runtime.markdown(lines)}\n\n{runtime.markdown(gone)}"
 
 
 # --- command line
 
 
-def _fractions(args: Namespace, model: MultiModalModel) -> dict[str, float]:
-    """The targets as typed -> fractions of the prunable weights, largest first. Raises UserError for what cannot be."""
-    config, total, left, params = model.config, prunable(model), kept(model), model.num_parameters(nonzero=True)
-    rest = params - left  # what is never pruned
-    least = config.depth * config.dim * (4 * config.dim // config.heads + 2 * CHANNELS) if args.structured else 0
+def read_targets(args: Namespace, model: MultiModalModel) -> dict[str, float]:
+    """The targets as typed -> fractions of the prunable weights, largest first.
+
+    Raises UserError for what cannot be.
+    """
+    config, total, left = model.config, prunable(model), kept(model)
+    unprunable = model.num_parameters(nonzero=True) - left
+    least = 0
+    if args.structured:
+        smallest_block = config.dim * (4 * config.dim // config.heads + 2 * CHANNELS)
+        least = config.depth * smallest_block
     option, texts = ("--params", args.params) if args.params else ("--keep", args.keep)
     fractions = {}
     for text in texts:
-        number = _number(text, option)
-        fraction = fractions[text] = (number - rest) / total if args.params else number
+        number = read_number(text, option)
+        fraction = (number - unprunable) / total if args.params else number
         if not least / total < fraction < left / total:
-            low, high = (f"{(n + rest) / 1e6:.2f}M" if args.params else f"{n / total:.3g}" for n in (least, left))
-            raise UserError(
-                f"{option} {text}: expected more than {low}, which stays in any case, and less than the model's {high}"
+            low, high = (
+                f"{(n + unprunable) / 1e6:.2f}M" if args.params else f"{n / total:.3g}"
+                for n in (least, left)
             )
+            raise UserError(
+                f"{option} {text}: expected more than {low}, which stays in any case, and less than"
+                f" the model's {high}"
+            )
+        fractions[text] = fraction
     return dict(sorted(fractions.items(), key=lambda item: -item[1]))
 
 
-def _number(text: str, option: str) -> float:
+def read_number(text: str, option: str) -> float:
     """0.5, 76M, 700k, ..."""
     match = re.fullmatch(r"(\d*\.?\d+)([kM]?)", text)
     if not match:
-        raise UserError(f"{option} {text}: expected a number, e.g. {'76M' if option == '--params' else '0.5'}")
+        example = "76M" if option == "--params" else "0.5"
+        raise UserError(f"{option} {text}: expected a number, e.g. {example}")
     return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
 
 
-def _parse() -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CKPT", help="written by train.py or prune.py, e.g. runs/synthetic/last.pt")
+def parse(argv: list[str] | None = None) -> Namespace:
+    parser = runtime.Parser(__doc__)
+    text = "written by train.py or prune.py, e.g. runs/synthetic/last.pt"
+    parser.add_argument("checkpoint", metavar="CKPT", help=text)
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--params", nargs="+", metavar="N", help="non-zero parameters of the whole model, e.g. 76M 60M")
-    target.add_argument("--keep", nargs="+", metavar="F", help="fractions of the backbone's attention and MLP weights to keep")
-    parser.add_argument("--structured", action="store_true", help="remove whole heads and MLP channels: a smaller dense model")
-    parser.add_argument("--half", action="store_true", help="store the targets' weights in 2 bytes each")
-    parser.add_argument("--rounds", type=int, default=3, help="prunings and finetunings to each target (default: %(default)s)")
-    parser.add_argument("--finetune-epochs", type=int, default=1, help="after each round (default: %(default)s)")
-    parser.add_argument("--epoch-steps", type=int, default=0, help="end an epoch early (default: all triplets)")
-    parser.add_argument("--lr", type=float, help="default: that of training's stage 2, whose other settings are kept, too")
-    parser.add_argument("--data-root", help="the data set's folder or its parent (default: as in training)")
-    parser.add_argument("--out", type=Path, help="default: pruned, or structured, beside CKPT")
-    parser.add_argument("--resume", action="store_true", help="go on after the last round that OUT holds")
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw mAP over parameters, as Fig. 1 does (matplotlib)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="default: as in training")
-    parser.add_argument("--batch-size", type=int, help="triplets a rank (default: as in training)")
-    parser.add_argument("--workers", type=int, help="reading processes a rank (default: as in training)")
-    args = parser.parse_args()
-    args.out = args.out or Path(args.checkpoint).parent / ("structured" if args.structured else "pruned")
-    for name, low in {"rounds": 1, "finetune_epochs": 0, "epoch_steps": 0}.items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
+    text = "non-zero parameters of the whole model, e.g. 76M 60M"
+    target.add_argument("--params", nargs="+", metavar="N", help=text)
+    text = "fractions of the backbone's attention and MLP weights to keep"
+    target.add_argument("--keep", nargs="+", metavar="F", help=text)
+    add = parser.add_argument
+    text = "remove whole heads and MLP channels: a smaller dense model"
+    add("--structured", action="store_true", help=text)
+    add("--half", action="store_true", help="store the targets' weights in 2 bytes each")
+    text = "prunings and finetunings to each target; the published code: up to 30 of 20%% each"
+    add("--rounds", metavar="N", type=whole(1), default=3, help=text)
+    text = "after each round; published code: 9"
+    add("--finetune-epochs", metavar="N", type=whole(0), default=1, help=text)
+    text = "end an epoch early; 0: after all triplets"
+    add("--epoch-steps", metavar="N", type=whole(0), default=0, help=text)
+    text = "of finetuning; published code: 2e-6 (default: that of stage 2, like all its settings)"
+    add("--lr", metavar="LR", type=real(0), help=text)
+    text = "of finetuning; published code: cosine (default: that of stage 2)"
+    add("--schedule", choices=("sqrt", "cosine", "constant"), help=text)
+    text = "the data set's folder or its parent (default: as in training)"
+    add("--data-root", metavar="DIR", help=text)
+    text = "(default: pruned, or structured, beside CKPT)"
+    add("--out", type=Path, metavar="DIR", help=text)
+    add("--resume", action="store_true", help="go on after the last round that OUT holds")
+    text = "draw mAP over parameters, as Fig. 1 does (matplotlib)"
+    add("--chart", type=Path, metavar="FILE", help=text)
+    add("--seed", type=whole(0), default=0)
+    runtime.add_device_options(parser, precision=None)
+    text = "triplets of a step, over all ranks (default: as in training)"
+    add("--batch-size", metavar="T", type=whole(1), help=text)
+    text = "reading processes of a rank (default: as in training)"
+    add("--workers", metavar="N", type=whole(0), help=text)
+    args = parser.parse_args(argv)
+    beside = "structured" if args.structured else "pruned"
+    args.out = args.out or Path(args.checkpoint).parent / beside
     return args
 
 
-def tables(rows: list[dict]) -> str:
-    """In Markdown: what each target is worth, and how many percent of each layer's weights are zero or gone."""
-    lines = [["", "non-zero parameters", "kept", "file", "mAP %", "R1 %", "R5 %", "R10 %", "samples/s"]]
-    for row in rows:
-        sizes = [f"{row['params'] / 1e6:.2f} M", f"{row['kept']:.3f}", f"{row['bytes'] / 1e6:.2f} MB"]
-        figures = [f"{100 * row[name]:.1f}" for name in ("mAP", "R1", "R5", "R10")]
-        lines.append([row["label"], *sizes, *figures, f"{row['samples_per_second']:.0f}"])
-    layers = [["gone in %", *(row["label"] for row in rows)]]
-    for name in rows[0]["sparsity"]:
-        layers.append([name, *(f"{100 * row['sparsity'][name]:.1f}" for row in rows)])
-    return "\n\n".join(
-        "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest]) for head, *rest in (lines, layers)
+def training_settings(args: Namespace, checkpoint: dict) -> Namespace:
+    """train.py's settings as in training, where this command line says nothing else."""
+    stored = checkpoint["settings"]
+    # A checkpoint of an older version may lack some
+    newest = train.parse(["--dataset", stored.get("dataset", "synthetic")])
+    own = {name: getattr(args, name) for name in ("seed", "out", "device", "resume")}
+    for name in ("data_root", "precision", "workers", "batch_size"):
+        if getattr(args, name) is not None:
+            own[name] = getattr(args, name)
+    settings = Namespace(**{**vars(newest), **stored, **own, "checkpoint_every": 0})
+    settings.stages = tuple(
+        train.Stage(**{**asdict(default), **stage})
+        for default, stage in zip(newest.stages, stored["stages"], strict=True)
     )
+    return settings
+
+
+def finetuning(stage: train.Stage, args: Namespace) -> train.Stage:
+    """Stage 2's settings, for the epochs after a round."""
+    changes = {"epochs": args.finetune_epochs, "epoch_steps": args.epoch_steps, "frozen": False}
+    for name in ("lr", "schedule"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    return replace(stage, **changes)
+
+
+def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
+    """The run to finetune in, and what is to be done of the plan."""
+    device = runtime.start(args.device)
+    last = train.refuse_occupied(args)
+    resumed = last.exists()
+    model, checkpoint = evaluate.load_model(last if resumed else args.checkpoint)
+    if resumed and "pruning" not in checkpoint:
+        raise UserError(f"{last}: was not written by prune.py; choose another --out")
+    if "pids" not in checkpoint or "stages" not in checkpoint["settings"]:
+        raise UserError(
+            f"{args.checkpoint}: lacks what training needs; expected a checkpoint of train.py or"
+            " prune.py"
+        )
+    plan = {name: getattr(args, name) for name in PLAN}
+    if resumed:
+        pruning = Pruning(**checkpoint["pruning"])
+        for name, value in plan.items():
+            if pruning.plan.get(name) != value:
+                raise UserError(
+                    f"{args.out}: was begun with {name} {pruning.plan.get(name)}, not {value}"
+                )
+    else:
+        start = kept(model) / prunable(model)
+        pruning = Pruning(plan, read_targets(args, model), start, rows=[])
+    if args.structured and len(model.backbones) != 1:
+        shrink(model, 0)  # says why not
+    settings = training_settings(args, checkpoint)
+    splits = train.load_splits(settings)
+    if splits[0].train.pids.unique().tolist() != checkpoint["pids"]:
+        raise UserError(
+            f"{settings.data_root}: its training identities are not those that {args.checkpoint}"
+            " was trained on"
+        )
+    train.check_batches(settings, splits[0])
+    run = train.Run(settings, device, splits, model, pruning.log_size)
+    run.checkpoint_path = None  # a round is saved when it is over
+    if "criterion" in checkpoint:
+        run.criterion.load_state_dict(checkpoint["criterion"])
+    return run, pruning
+
+
+def prune_model(args: Namespace) -> list[dict]:
+    """All rounds of a plan, or what is left of them; returns the rows of OUT/results.json."""
+    run, pruning = open_run(args)
+    runtime.print0("settings:", vars(args))
+    if not pruning.rows:
+        add_row(run, "start", args.half, pruning)
+    stage, labels = finetuning(run.args.stages[1], args), list(pruning.targets)
+    for fraction in pruning.fractions(args.rounds)[pruning.rounds :]:
+        # Rounds are numbered after the two stages, so that each draws its own triplets
+        numbered = replace(stage, number=pruning.rounds + 3)
+        finetune(run, numbered, round(fraction * prunable(run.model)), args.structured)
+        pruning.rounds += 1
+        if pruning.rounds % args.rounds == 0:
+            add_row(run, labels[pruning.rounds // args.rounds - 1], args.half, pruning)
+        pruning.log_size = run.log.size
+        with runtime.rank0_first():
+            description = {**run.describe(), "pruning": vars(pruning)}
+            write(args.out / "last.pt", run.model, description)
+    return pruning.rows
 
 
 @runtime.program
 def main() -> None:
-    args = _parse()
+    args = parse()
     if args.chart:
-        pictures.need_matplotlib()
-    last = train.refuse_occupied(args)
-    device = runtime.start(args.device)
-    model, checkpoint = evaluate.load_model(last if last.exists() else args.checkpoint)
-    if last.exists() and "pruning" not in checkpoint:
-        raise UserError(f"{last}: was not written by prune.py; choose another --out")
-    if "pids" not in checkpoint or "stages" not in checkpoint["settings"]:
-        raise UserError(f"{args.checkpoint}: lacks what training needs; expected a checkpoint written by train.py or prune.py")
-    plan = {name: getattr(args, name) for name in PLAN}
-    progress = checkpoint["pruning"] if last.exists() else {"plan": plan, "rounds": 0, "rows": []}
-    if changed := [name for name in plan if progress["plan"][name] != plan[name]]:
-        raise UserError(f"{args.out}: was begun with {changed[0]} {progress['plan'][changed[0]]}, not {plan[changed[0]]}")
-    if not last.exists():
-        progress |= {"targets": _fractions(args, model), "start": kept(model) / prunable(model)}
-    own = {"seed": args.seed, "out": args.out, "device": args.device}
-    settings = Namespace(**{**vars(train.parse([])), **checkpoint["settings"], **own})  # an older checkpoint may lack some
-    settings.stages = tuple(train.Stage(**stage) for stage in settings.stages)
-    for name in ("data_root", "precision", "workers", "batch_size"):
-        if getattr(args, name) is not None:
-            setattr(settings, name, getattr(args, name))
-    runtime.print0("settings:", vars(args))
-    dataset, validation = train.load_data(settings)
-    if dataset.train.pids.unique().tolist() != checkpoint["pids"]:
-        raise UserError(f"{settings.data_root}: its training identities are not those {args.checkpoint} was trained on")
-    run = train.open_run(settings, device, dataset, validation, model)
-    run.saves = False  # a round is saved when it is over
-    stage = settings.stages[1]
-    changes = {"epochs": args.finetune_epochs, "epoch_steps": args.epoch_steps, "lr": args.lr or stage.lr}
-    stage = replace(stage, frozen=False, **changes)
-    if not progress["rows"]:
-        add_row(run, "start", args.half, progress)
-    targets, number = progress["targets"], progress["rounds"]
-    for keep in rounds([*targets.values()], progress["start"], args.rounds)[number:]:
-        finetune(run, number + 3, stage, round(keep * prunable(run.model)), args.structured)  # after stages 1 and 2
-        number += 1
-        if number % args.rounds == 0:
-            add_row(run, [*targets][number // args.rounds - 1], args.half, progress)
-        write(last, run.model, {**run.about(), "pruning": {**progress, "rounds": number}})
-    runtime.print0(tables(progress["rows"]))
+        from extras.pictures import need_matplotlib
+
+        need_matplotlib()
+    rows = prune_model(args)
+    runtime.print0(tables(rows))
     if args.chart and runtime.rank() == 0:
-        pictures.size_chart({str(args.out): progress["rows"]}, args.chart)
+        from extras.pictures import size_chart
+
+        size_chart({str(args.out): rows}, args.chart)
 
 
 if __name__ == "__main__":

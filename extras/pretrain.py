@@ -1,9 +1,11 @@
-"""Pretrain the small backbone on RGB images of other vehicles than the embedded data set's: plain classification.
+"""Pretrain the synthetic set's backbone on RGB images of other vehicles: plain classification.
 
-    python -m extras.synthetic --out data/pretrain --first-id 1001 --train-ids 1200 --test-ids 1 --captures 4 --studio
-    python -m extras.pretrain --data-root data/pretrain --out weights/vit-small-rgb.pth
+python -m extras.synthetic --out data/pretrain --first-id 1001 --train-ids 1200 --test-ids 1 \
+    --captures 4 --studio
+python -m extras.pretrain --data-root data/pretrain --out weights/vit-small-rgb.pth
 
-What DeiT's ImageNet weights are to the paper, these are to the embedded data set: a backbone that knows colour images.
+What DeiT's ImageNet weights are to the paper, these are to the synthetic set: a backbone that knows
+colour images.
 """
 
 import argparse
@@ -19,13 +21,17 @@ from tqdm import tqdm
 import data
 import runtime
 from model import BACKBONES, ViT
+from runtime import real, whole
+
+IMAGE_SIZE = (64, 128)
 
 
 def recolour(images: Tensor, draws: Tensor, share: float) -> Tensor:
-    """Map the colours of a share of the images (B, 3, H, W), values 0 to 1, affinely at random; half of those to grey.
+    """Map the colours of a share of the images affinely at random; half of those to grey.
 
-    The mapped images still show the same vehicle, so colour alone does not tell who it is: shape and pattern must help,
-    and they are what other sensors show, too. draws (B, 14), uniform in [0, 1).
+    images (B, 3, H, W), values 0 to 1; draws (B, 14), uniform in [0, 1). The mapped images still
+    show the same vehicle, so colour alone does not tell who it is: shape and pattern must help, and
+    they are what other sensors show, too.
     """
     matrix = (4 * draws[:, 2:11] - 2).unflatten(1, (3, 3))
     offset = 0.2 + 0.6 * draws[:, 11:14, None]
@@ -36,55 +42,72 @@ def recolour(images: Tensor, draws: Tensor, share: float) -> Tensor:
     return torch.where((draws[:, 0] < share)[:, None, None, None], mapped, images)
 
 
+def make_heads(dim: int, num_ids: int) -> nn.ModuleList:
+    """A head on the CLS and one on the distillation token.
+
+    Without BatchNorm they stand still at first: a fresh ViT's tokens hardly depend on the image.
+    """
+    head = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, num_ids))
+    return nn.ModuleList(copy.deepcopy(head) for _ in range(2))
+
+
+def prepare(images: Tensor, share: float, normalise: data.Normalise) -> Tensor:
+    """uint8 (B, 3, H, W) -> augmented, recoloured, normalised."""
+    draws = torch.rand(len(images), 7).to(images.device)
+    images = data.augment({"rgb": images}, draws, (0.5, 0.0), 0.25)["rgb"]
+    images = recolour(images / 255, torch.rand(len(images), 14).to(images.device), share)
+    return normalise({"rgb": images * 255})["rgb"]
+
+
+def parse() -> argparse.Namespace:
+    parser = runtime.Parser(__doc__, prog="python -m extras.pretrain")
+    add = parser.add_argument
+    add("--data-root", required=True, help="folder written by extras.synthetic")
+    add("--out", type=Path, required=True, help="file of fp16 weights to write")
+    add("--epochs", type=whole(1), default=25)
+    add("--batch-size", type=whole(2), default=128, help="images")
+    add("--lr", type=real(0), default=2e-3)
+    text = "share of images whose colours are mapped at random, reached half-way"
+    add("--recolour", type=real(0, 1), default=0.5, help=text)
+    add("--seed", type=whole(0), default=0)
+    runtime.add_device_options(parser)
+    return parser.parse_args()
+
+
 @runtime.program
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", required=True, help="folder written by synthetic.py")
-    parser.add_argument("--out", type=Path, required=True, help="file of fp16 weights to write")
-    parser.add_argument("--epochs", type=int, default=25, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=128, help="images (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="default: %(default)s")
-    parser.add_argument(
-        "--recolour",
-        type=float,
-        default=0.5,
-        help="share of images whose colours are mapped at random, reached half-way (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    args = parser.parse_args()
+    args = parse()
     device = runtime.start(args.device)
     print("settings:", vars(args))
     torch.manual_seed(args.seed)
-    size = (64, 128)
-    dataset = data.load_dataset("synthetic", args.data_root, ("rgb",), size)
+    dataset = data.load_dataset("synthetic", args.data_root, ("rgb",), IMAGE_SIZE)
     dataset.train.keep_in_memory()
     images = torch.stack([sample["rgb"] for sample, _, _ in dataset.train])  # (N, 3, H, W)
     pids, labels = dataset.train.pids.unique(return_inverse=True)
     config = {name: value for name, value in BACKBONES["small"].items() if name != "encoder_hidden"}
-    vit = ViT(size, **config).to(device)
-    # A head on the CLS and one on the distillation token. Without BatchNorm they stand still at first: a fresh ViT's tokens
-    # hardly depend on the image.
-    head = (nn.BatchNorm1d(config["dim"], affine=False), nn.Linear(config["dim"], len(pids)))
-    heads = nn.ModuleList(nn.Sequential(*copy.deepcopy(head)) for _ in range(2)).to(device)
+    vit = ViT(IMAGE_SIZE, **config).to(device)
+    heads = make_heads(config["dim"], len(pids)).to(device)
     parameters = [*vit.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.05)
     steps = len(images) // args.batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.1
+    )
+    normalise = data.Normalise(dataset.mean, dataset.std, device)
     for epoch in range(args.epochs):
         total, right, start = 0.0, 0.0, time.perf_counter()
         order = torch.randperm(len(images))
-        share = args.recolour * min(1.0, max(0.0, 4 * epoch / args.epochs - 1))  # from the start, it stops all learning
+        # Recolouring from the start stops all learning
+        share = args.recolour * min(1.0, max(0.0, 4 * epoch / args.epochs - 1))
         for step in tqdm(range(steps), f"epoch {epoch + 1}", disable=None, leave=False):
             chosen = order[step * args.batch_size : (step + 1) * args.batch_size]
-            batch = data.augment({"rgb": images[chosen].to(device)}, torch.rand(len(chosen), 7), 0.5, 0.0, 0.25)["rgb"]
-            batch = recolour(batch / 255, torch.rand(len(chosen), 14).to(device), share)
-            batch = data.normalise({"rgb": batch * 255}, dataset.mean, dataset.std)["rgb"]
-            with runtime.autocast(device, "auto"):
+            batch = prepare(images[chosen].to(device), share, normalise)
+            with runtime.autocast(device, args.precision):
                 tokens = vit(batch).float()
             logits = [head(tokens[:, i]) for i, head in enumerate(heads)]
             target = labels[chosen].to(device)
-            loss = sum(F.cross_entropy(x, target, label_smoothing=0.1) for x in logits) / 2
+            losses = [F.cross_entropy(x, target, label_smoothing=0.1) for x in logits]
+            loss = sum(losses) / 2
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -93,10 +116,13 @@ def main() -> None:
             total += loss.item()
             right += (sum(logits).argmax(1) == target).float().mean().item()
         seconds = time.perf_counter() - start
-        print(f"epoch {epoch + 1}/{args.epochs}  loss {total / steps:.3f}  accuracy {right / steps:.3f}  {seconds:.1f} s")
+        means = f"loss {total / steps:.3f}  accuracy {right / steps:.3f}  {seconds:.1f} s"
+        print(f"epoch {epoch + 1}/{args.epochs}  {means}")
     weights = {name: weight.half().cpu() for name, weight in vit.state_dict().items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    runtime.save_checkpoint(args.out, {"model": weights, "config": {"image_size": size, **config}})
+    runtime.save_checkpoint(
+        args.out, {"model": weights, "config": {"image_size": IMAGE_SIZE, **config}}
+    )
 
 
 if __name__ == "__main__":

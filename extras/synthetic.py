@@ -1,11 +1,13 @@
-"""Render the embedded data set: vehicles seen by eight cameras through three registered sensors.
+"""Render the synthetic set: vehicles seen by eight cameras through three registered sensors.
 
-A vehicle is a point in the unit cube of ATTRIBUTES. Its faces, in metres and with what each sensor sees of them, are
-built once (`vehicle_faces`) and photographed many times (`capture`). `write_dataset` puts the captures on disk as
-RGBNT100 does: one JPEG mosaic a sample, RGB, NIR and TIR tiles side by side, named PID_cCCCCC_FFF.jpg.
+A vehicle is a point in the unit cube of ATTRIBUTES. Its faces, in metres and with what each sensor
+sees of them, are built once (`vehicle_faces`) and photographed many times (`capture`).
+`write_dataset` puts the captures on disk as RGBNT100 does: one JPEG mosaic a sample, RGB, NIR and
+TIR tiles side by side, named PID_cCCCCC_FFF.jpg.
 
-Designed in, and therefore no discovery: night blinds RGB; paint, NIR reflectance and heat are drawn independently of one
-another; TIR does not depend on light; occluders hide the same place in all sensors; some markings are on the sides only.
+Designed in, and therefore no discovery: night blinds RGB; paint, NIR reflectance and heat are drawn
+independently of one another; TIR does not depend on light; occluders hide the same place in all
+sensors; some markings are on the sides only.
 """
 
 import argparse
@@ -21,8 +23,18 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-VERSION = 1  # of the picture: raised whenever a pixel changes, because results before and after cannot be compared
-CAMERAS = (0, 180, 90, 270, 40, 140, 220, 320)  # azimuth of each camera in degrees; 0 looks at the vehicle's front
+# Of the picture: raised whenever a pixel changes, as results before and after do not compare
+VERSION = 1
+CAMERAS = (
+    0,
+    180,
+    90,
+    270,
+    40,
+    140,
+    220,
+    320,
+)  # azimuth of each camera in degrees; 0 looks at the vehicle's front
 TILE_HEIGHT = 64  # a tile is twice as wide as high
 SUN = np.array([0.3, 0.5, 0.8]) / math.sqrt(0.98)
 
@@ -34,15 +46,18 @@ def _coat(name: str) -> dict[str, tuple[float, float]]:
     return {f"{name}_{channel}": span for channel, span in _COLOUR.items()}
 
 
-# Seen by every camera: name -> (value at 0, value at 1). Lengths in metres, heat and reflectance from 0 to 1.
+# Seen by every camera: name -> (value at 0, value at 1).
+# Lengths in metres, heat and reflectance from 0 to 1.
 BODY = {
     "length": (3.4, 5.4), "width": (1.6, 2.0), "height": (0.65, 1.0), "cabin_height": (0.45, 0.9),
     "cabin_back": (-0.45, -0.1), "cabin_front": (0.15, 0.48),  # of the length, from the middle
     **_coat("paint"), **_coat("roof"), "two_tone": (0, 1),
     "window": (0.05, 0.4), "window_nir": (0.1, 0.7), "wheel": (0.3, 0.42),
-    "engine_heat": (0.3, 1.0), "wheel_heat": (0.2, 0.9), "body_heat": (0.1, 0.4), "cabin_heat": (0.1, 0.6),
+    "engine_heat": (0.3, 1.0), "wheel_heat": (0.2, 0.9),
+    "body_heat": (0.1, 0.4), "cabin_heat": (0.1, 0.6),
 }  # fmt: skip
-# Seen by some cameras, or carried by some vehicles only. `has_*` and `two_tone` are compared with SHARE.
+# Seen by some cameras, or carried by some vehicles only.
+# `has_*` and `two_tone` are compared with SHARE.
 MARKINGS = {
     "engine_behind": (0, 1), "exhaust": (-0.4, 0.4),
     "has_stripe": (0, 1), **_coat("stripe"), "stripe_low": (0.15, 0.7), "stripe_width": (0.1, 0.25),
@@ -50,17 +65,21 @@ MARKINGS = {
 }  # fmt: skip
 for _i in range(_DECALS):
     MARKINGS |= {f"has_decal{_i}": (0, 1), **_coat(f"decal{_i}"), f"decal{_i}_x": (-0.35, 0.35),
-                 f"decal{_i}_z": (0.25, 0.75), f"decal{_i}_length": (0.08, 0.3), f"decal{_i}_height": (0.15, 0.4)}  # fmt: skip
+                 f"decal{_i}_z": (0.25, 0.75), f"decal{_i}_length": (0.08, 0.3),
+                 f"decal{_i}_height": (0.15, 0.4)}  # fmt: skip
 ATTRIBUTES = BODY | MARKINGS
-SHARE = {"two_tone": 0.4, "engine_behind": 0.2} | {name: 0.5 for name in MARKINGS if name.startswith("has_")}
+SHARE = {"two_tone": 0.4, "engine_behind": 0.2} | {
+    name: 0.5 for name in MARKINGS if name.startswith("has_")
+}
 MIN_DISTANCE = 0.9  # Euclidean, over the BODY axes of the unit cube, between any two vehicles
 
 
 def vehicles(count: int, seed: int = 0) -> np.ndarray:
-    """The first `count` vehicles of the sequence `seed`: points of the unit cube, (count, len(ATTRIBUTES)).
+    """The first `count` vehicles of the sequence `seed`: (count, len(ATTRIBUTES)).
 
-    A candidate nearer than MIN_DISTANCE to an earlier vehicle is passed over, so any two vehicles of a sequence differ
-    in what every camera sees. Vehicle i does not depend on `count`.
+    Each is a point of the unit cube.
+    A candidate nearer than MIN_DISTANCE to an earlier vehicle is passed over, so any two vehicles
+    of a sequence differ in what every camera sees. Vehicle i does not depend on `count`.
     """
     rng = np.random.default_rng([seed, 0])
     chosen = np.empty((count, len(ATTRIBUTES)))
@@ -76,7 +95,10 @@ def vehicles(count: int, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Face:
-    """A flat polygon of a vehicle: corners (n, 3) in metres, outward normal (3,), and what each sensor sees of it."""
+    """A flat polygon of a vehicle, and what each sensor sees of it.
+
+    Corners are (n, 3) in metres; the outward normal is (3,).
+    """
 
     corners: np.ndarray
     normal: tuple[int, int, int]
@@ -86,16 +108,22 @@ class Face:
 
 
 def vehicle_faces(point: np.ndarray) -> list[Face]:
-    """Faces of the vehicle at `point` of the unit cube, in painting order: what comes later may hide what came before.
+    """Faces of the vehicle at `point` of the unit cube, in painting order.
 
+    What comes later may hide what came before.
     x runs from the back to the front, y from right to left, z upwards; the ground is z = 0.
     """
-    value = {name: low + u * (high - low) for u, (name, (low, high)) in zip(point, ATTRIBUTES.items(), strict=True)}
+    value = {
+        name: low + u * (high - low)
+        for u, (name, (low, high)) in zip(point, ATTRIBUTES.items(), strict=True)
+    }
     has = {name: value[name] < share for name, share in SHARE.items()}
     faces: list[Face] = []
 
     def coat(name: str) -> tuple[np.ndarray, float]:
-        return np.array([value[f"{name}_{channel}"] for channel in ("red", "green", "blue")]), value[f"{name}_nir"]
+        return np.array(
+            [value[f"{name}_{channel}"] for channel in ("red", "green", "blue")]
+        ), value[f"{name}_nir"]
 
     def grey(level: float, nir: float) -> tuple[np.ndarray, float]:
         return np.full(3, level), nir
@@ -128,7 +156,9 @@ def vehicle_faces(point: np.ndarray) -> list[Face]:
     add(*above(belt, -length / 2, length / 2, -width / 2, width / 2), paint, body_heat)
     bonnet = sorted((engine * 0.28 * length, engine * 0.48 * length))
     add(*above(belt, *bonnet, -0.35 * width, 0.35 * width), paint, body_heat + 0.6 * engine_heat)
-    band = [value["band_middle"] * width + side * value["band_width"] * width / 2 for side in (-1, 1)]
+    band = [
+        value["band_middle"] * width + side * value["band_width"] * width / 2 for side in (-1, 1)
+    ]
     if has["has_band"]:  # runs lengthwise over bonnet and roof
         add(*above(belt, -length / 2, length / 2, *band), coat("band"), body_heat)
     turn = np.linspace(0, 2 * np.pi, 14)
@@ -141,21 +171,44 @@ def vehicle_faces(point: np.ndarray) -> list[Face]:
         for i in range(_DECALS):
             if has[f"has_decal{i}"]:
                 x, z = value[f"decal{i}_x"] * length, floor + value[f"decal{i}_z"] * value["height"]
-                half, rise = value[f"decal{i}_length"] * length / 2, value[f"decal{i}_height"] * value["height"] / 2
-                add(*along(y, side, x - half, x + half, z - rise, z + rise), coat(f"decal{i}"), body_heat + 0.05)
+                half, rise = (
+                    value[f"decal{i}_length"] * length / 2,
+                    value[f"decal{i}_height"] * value["height"] / 2,
+                )
+                add(
+                    *along(y, side, x - half, x + half, z - rise, z + rise),
+                    coat(f"decal{i}"),
+                    body_heat + 0.05,
+                )
         for x in (-0.32 * length, 0.32 * length):
-            for share, material, heat in ((1.0, grey(0.06, 0.08), 1.0), (0.5, grey(0.6, 0.6), 0.7)):  # tyre, hub
+            for share, material, heat in (
+                (1.0, grey(0.06, 0.08), 1.0),
+                (0.5, grey(0.6, 0.6), 0.7),
+            ):  # tyre, hub
                 radius = share * value["wheel"]
-                ring = np.stack([x + radius * np.cos(turn), np.full(14, y), value["wheel"] + radius * np.sin(turn)], 1)
+                ring = np.stack(
+                    [
+                        x + radius * np.cos(turn),
+                        np.full(14, y),
+                        value["wheel"] + radius * np.sin(turn),
+                    ],
+                    1,
+                )
                 add(ring, (0, side, 0), material, heat * value["wheel_heat"])
 
     # Lamps and exhaust
     for end, lamp in ((1, np.array([1.0, 1.0, 0.85])), (-1, np.array([0.8, 0.05, 0.05]))):
         for y in (-0.38 * width, 0.38 * width):
             low, high = floor + 0.55 * value["height"], floor + 0.8 * value["height"]
-            add(*across(end * length / 2, end, y - 0.15, y + 0.15, low, high), (lamp, 0.9), body_heat + 0.1)
+            add(
+                *across(end * length / 2, end, y - 0.15, y + 0.15, low, high),
+                (lamp, 0.9),
+                body_heat + 0.1,
+            )
     pipe = value["exhaust"] * width
-    add(*across(-length / 2, -1, pipe - 0.12, pipe + 0.12, floor, floor + 0.18), grey(0.2, 0.2), 1.0)
+    add(
+        *across(-length / 2, -1, pipe - 0.12, pipe + 0.12, floor, floor + 0.18), grey(0.2, 0.2), 1.0
+    )
 
     # Cabin and its windows
     back, front, half = value["cabin_back"] * length, value["cabin_front"] * length, 0.46 * width
@@ -164,10 +217,18 @@ def vehicle_faces(point: np.ndarray) -> list[Face]:
     for side in (-1, 1):
         x = front if side == 1 else back
         add(*across(x, side, -half, half, belt, top), roof, 0.8 * value["cabin_heat"])
-        add(*across(x, side, -half * (1 - 2 * rim), half * (1 - 2 * rim), sill, head), glass, value["cabin_heat"] + 0.15)
+        add(
+            *across(x, side, -half * (1 - 2 * rim), half * (1 - 2 * rim), sill, head),
+            glass,
+            value["cabin_heat"] + 0.15,
+        )
         inset = rim * (front - back)
         add(*along(side * half, side, back, front, belt, top), roof, 0.8 * value["cabin_heat"])
-        add(*along(side * half, side, back + inset, front - inset, sill, head), glass, value["cabin_heat"] + 0.15)
+        add(
+            *along(side * half, side, back + inset, front - inset, sill, head),
+            glass,
+            value["cabin_heat"] + 0.15,
+        )
     add(*above(top, back, front, -half, half), roof, value["cabin_heat"])
     if has["has_band"]:
         add(*above(top, back, front, *band), coat("band"), value["cabin_heat"])
@@ -176,8 +237,11 @@ def vehicle_faces(point: np.ndarray) -> list[Face]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How far captures stray: standard deviations of azimuth (degrees), position (tiles) and white balance (logarithm),
-    ranges of zoom and exposure below 1, shares of captures by night and behind an occluder."""
+    """How far captures stray.
+
+    Standard deviations of azimuth (degrees), position (tiles) and white balance (logarithm);
+    ranges of zoom and exposure below 1; shares of captures by night and behind an occluder.
+    """
 
     azimuth: float
     shift: float
@@ -188,13 +252,20 @@ class Conditions:
     occluded: float
 
 
-FIELD = Conditions(azimuth=15, shift=0.06, cast=0.15, zoom=0.45, exposure=0.6, night=0.5, occluded=0.25)
-STUDIO = Conditions(azimuth=5.2, shift=0.02, cast=0.088, zoom=0.16, exposure=0.26, night=0, occluded=0)  # to pretrain on
+FIELD = Conditions(
+    azimuth=15, shift=0.06, cast=0.15, zoom=0.45, exposure=0.6, night=0.5, occluded=0.25
+)
+STUDIO = Conditions(
+    azimuth=5.2, shift=0.02, cast=0.088, zoom=0.16, exposure=0.26, night=0, occluded=0
+)  # to pretrain on
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a capture draws besides sensor noise. Angles in radians, positions in tiles, levels from 0 to 1."""
+    """Everything a capture draws besides sensor noise.
+
+    Angles in radians, positions in tiles, levels from 0 to 1.
+    """
 
     azimuth: float
     elevation: float
@@ -217,7 +288,12 @@ class Scene:
     @staticmethod
     def draw(camera: int, rng: np.random.Generator, conditions: Conditions) -> "Scene":
         day = bool(rng.random() >= conditions.night)
-        glare = (rng.uniform(0, 1), rng.uniform(0.2, 1), rng.uniform(0.05, 0.16), rng.uniform(0.5, 1.2))
+        glare = (
+            rng.uniform(0, 1),
+            rng.uniform(0.2, 1),
+            rng.uniform(0.05, 0.16),
+            rng.uniform(0.5, 1.2),
+        )
         occluder = (rng.uniform(0, 0.94), rng.uniform(0.03, 0.11), rng.uniform(0.1, 0.5))
         return Scene(
             azimuth=math.radians(CAMERAS[camera] + conditions.azimuth * rng.normal()),
@@ -232,7 +308,9 @@ class Scene:
             ground_heat=rng.uniform(0, 0.3),
             exposure=1 - conditions.exposure * rng.random() if day else rng.uniform(0.05, 0.25),
             cast=np.exp(conditions.cast * rng.normal(size=3)),
-            nir_gain=rng.uniform(0.65, 1.0) if day else rng.uniform(0.45, 0.8),  # lit by the camera's own lamp at night
+            nir_gain=rng.uniform(0.65, 1.0)
+            if day
+            else rng.uniform(0.45, 0.8),  # lit by the camera's own lamp at night
             heat_gain=rng.uniform(0.65, 1.0),
             heat_offset=0.05 + rng.normal(0, 0.05),
             glare=glare if not day and rng.random() < 0.6 else None,
@@ -240,10 +318,13 @@ class Scene:
         )
 
 
-def capture(faces: list[Face], key: tuple[int, int, int, int], height: int = TILE_HEIGHT, conditions=FIELD) -> np.ndarray:
+def capture(
+    faces: list[Face], key: tuple[int, int, int, int], height: int = TILE_HEIGHT, conditions=FIELD
+) -> np.ndarray:
     """One sample: uint8 (3 modalities, height, 2 * height, 3), RGB, NIR, TIR.
 
-    `key` is (seed, number of the vehicle, camera, frame): the same key and faces give the same pixels.
+    `key` is (seed, number of the vehicle, camera, frame): the same key and faces give the same
+    pixels.
     """
     seed, number, camera, frame = key
     rng = np.random.default_rng([seed, 1, number, camera, frame])
@@ -254,11 +335,15 @@ def capture(faces: list[Face], key: tuple[int, int, int, int], height: int = TIL
     if scene.glare:
         x, y, radius, strength = scene.glare
         rows, columns = np.mgrid[:height, : 2 * height] / height
-        rgb += (strength * np.exp(-((columns - 2 * x) ** 2 + (rows - y) ** 2) / (8 * radius**2)))[..., None]
+        rgb += (strength * np.exp(-((columns - 2 * x) ** 2 + (rows - y) ** 2) / (8 * radius**2)))[
+            ..., None
+        ]
     rgb = rgb * scene.cast + rng.normal(0, day_noise if scene.day else night_noise, rgb.shape)
     nir = nir * scene.nir_gain + rng.normal(0, 0.03, nir.shape)
     heat = np.clip(heat + rng.normal(0, 0.025, heat.shape), 0, 1)
-    tir = np.stack([2 * heat, 2 * heat - 0.7, 1 - 2 * heat], -1)  # pseudo-colour: blue, violet, red, yellow
+    tir = np.stack(
+        [2 * heat, 2 * heat - 0.7, 1 - 2 * heat], -1
+    )  # pseudo-colour: blue, violet, red, yellow
     sample = np.clip(np.stack([rgb, np.repeat(nir[..., None], 3, -1), tir]), 0, 1)
     if scene.occluder:
         left, width, level = scene.occluder
@@ -268,10 +353,20 @@ def capture(faces: list[Face], key: tuple[int, int, int, int], height: int = TIL
     return (sample * 255).astype(np.uint8)
 
 
-def _paint(faces: list[Face], scene: Scene, height: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the three sensors would see without noise: reflectance (H, W, 3), NIR (H, W), heat (H, W)."""
+def _paint(
+    faces: list[Face], scene: Scene, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the three sensors would see without noise.
+
+    Returns reflectance (H, W, 3), NIR (H, W) and heat (H, W).
+    """
     width = 2 * height
-    ca, sa, ce, se = (math.cos(scene.azimuth), math.sin(scene.azimuth), math.cos(scene.elevation), math.sin(scene.elevation))
+    ca, sa, ce, se = (
+        math.cos(scene.azimuth),
+        math.sin(scene.azimuth),
+        math.cos(scene.elevation),
+        math.sin(scene.elevation),
+    )
     towards = np.array([ce * ca, ce * sa, se])  # from the vehicle to the camera
     screen = np.array([[-sa, ca, 0], [se * ca, se * sa, -ce]])  # right and down
     visible = [face for face in faces if np.dot(face.normal, towards) > 0]
@@ -293,7 +388,11 @@ def _paint(faces: list[Face], scene: Scene, height: int) -> tuple[np.ndarray, np
         Image.new("L", (width, height), level(scene.wall_heat)),
     ]
     pens = [ImageDraw.Draw(canvas) for canvas in canvases]
-    grounds = (tuple(map(level, 0.6 * scene.wall)), level(scene.ground_nir), level(scene.ground_heat))
+    grounds = (
+        tuple(map(level, 0.6 * scene.wall)),
+        level(scene.ground_nir),
+        level(scene.ground_heat),
+    )
     for pen, ground in zip(pens, grounds, strict=True):
         pen.rectangle([0, int(0.6 * height), width, height], fill=ground)
     for face, outline in zip(visible, outlines, strict=True):
@@ -308,7 +407,12 @@ def _paint(faces: list[Face], scene: Scene, height: int) -> tuple[np.ndarray, np
 
 
 def _write_vehicle(
-    job: tuple[int, np.ndarray, bool], root: Path, captures: int, seed: int, height: int, conditions: Conditions
+    job: tuple[int, np.ndarray, bool],
+    root: Path,
+    captures: int,
+    seed: int,
+    height: int,
+    conditions: Conditions,
 ) -> int:
     number, point, train = job
     faces = vehicle_faces(point)
@@ -324,12 +428,22 @@ def _write_vehicle(
 
 
 def write_dataset(
-    out: Path, train_ids=100, test_ids=50, captures=4, seed=0, first_id=1, height=TILE_HEIGHT, conditions=FIELD, workers=0
+    out: Path,
+    train_ids=100,
+    test_ids=50,
+    captures=4,
+    seed=0,
+    first_id=1,
+    height=TILE_HEIGHT,
+    conditions=FIELD,
+    workers=0,
 ) -> int:
-    """Write OUT/rgbir/{bounding_box_train,query,bounding_box_test} in RGBNT100's layout; returns the samples rendered.
+    """Write a data set in RGBNT100's layout; returns the number of samples rendered.
 
-    Vehicles `first_id`, `first_id` + 1, ... of the sequence `seed`: the first `train_ids` for training, the rest for
-    testing. The folder appears only when it is complete. Raises FileExistsError where OUT is there already.
+    Writes OUT/rgbir/{bounding_box_train,query,bounding_box_test}.
+    Vehicles `first_id`, `first_id` + 1, ... of the sequence `seed`: the first `train_ids` for
+    training, the rest for testing. The folder appears only when it is complete. Raises
+    FileExistsError where OUT is there already.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: delete it, or choose another folder")
@@ -339,10 +453,28 @@ def write_dataset(
         for split in ("bounding_box_train", "query", "bounding_box_test"):
             (root / split).mkdir(parents=True)
         points = vehicles(first_id - 1 + train_ids + test_ids, seed)
-        jobs = [(number, points[number], number < first_id - 1 + train_ids) for number in range(first_id - 1, len(points))]
-        write = partial(_write_vehicle, root=root, captures=captures, seed=seed, height=height, conditions=conditions)
+        jobs = [
+            (number, points[number], number < first_id - 1 + train_ids)
+            for number in range(first_id - 1, len(points))
+        ]
+        write = partial(
+            _write_vehicle,
+            root=root,
+            captures=captures,
+            seed=seed,
+            height=height,
+            conditions=conditions,
+        )
         with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-            total = sum(tqdm(pool.map(write, jobs), desc="rendering", total=len(jobs), unit="vehicle", disable=None))
+            total = sum(
+                tqdm(
+                    pool.map(write, jobs),
+                    desc="rendering",
+                    total=len(jobs),
+                    unit="vehicle",
+                    disable=None,
+                )
+            )
         (partial_out / "VERSION").write_text(f"{VERSION}\n")
         partial_out.rename(out)
     finally:
@@ -364,13 +496,22 @@ def main() -> None:
     }
     for flag, (default, _, text) in numbers.items():
         parser.add_argument(flag, type=int, default=default, help=f"{text} (default: %(default)s)")
-    parser.add_argument("--studio", action="store_true", help="clean daylight captures, to pretrain on")
+    parser.add_argument(
+        "--studio", action="store_true", help="clean daylight captures, to pretrain on"
+    )
     args = parser.parse_args()
     for flag, (_, least, _) in numbers.items():
         value = getattr(args, flag[2:].replace("-", "_"))
         if value < least:
             parser.error(f"{flag} {value}: expected at least {least}")
-    counts = (args.train_ids, args.test_ids, args.captures, args.seed, args.first_id, args.tile_height)
+    counts = (
+        args.train_ids,
+        args.test_ids,
+        args.captures,
+        args.seed,
+        args.first_id,
+        args.tile_height,
+    )
     try:
         total = write_dataset(args.out, *counts, STUDIO if args.studio else FIELD, args.workers)
     except OSError as error:

@@ -1,9 +1,14 @@
-"""What several test files need: a tiny rendered data set and the programs run on it as a user would."""
+"""What several test files need: a tiny rendered data set, and the programs run as a user would."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -11,23 +16,98 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side 
 ROOT = Path(__file__).parent.parent
 
 
+class Done(NamedTuple):
+    """How a program ended; of several ranks, the worst exit code and all that they printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def run(*command, **options) -> subprocess.CompletedProcess:
     """Run a command line of the project to its end; output as text."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, **options
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        timeout=240,
+        **options,
     )
 
 
 def torchrun(processes: int, *command) -> subprocess.CompletedProcess:
-    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run(*launcher, *command)
+
+
+def call(program, *arguments, ranks: int = 1, timeout: float = 120) -> Done:
+    """program.main() in `ranks` forked processes: as torchrun starts it, without the imports."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                if ranks > 1:
+                    own = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
+                    os.environ |= {name: str(value) for name, value in own.items()} | environment
+                _be(program, arguments, Path(folder) / str(rank))
+            children.append(child)
+        codes = [_wait(child, time.monotonic() + timeout) for child in children]
+        outputs = [
+            "".join((Path(folder) / f"{rank}.{name}").read_text() for rank in range(ranks))
+            for name in ("out", "err")
+        ]
+    return Done(max(codes, key=abs), *outputs)
+
+
+def _be(program, arguments, files: Path) -> None:
+    """In a forked process: the program, its output in files, and no way back."""
+    code = 70
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            file = open(f"{files}.{name}", "w", buffering=1)  # noqa: SIM115
+            os.dup2(file.fileno(), number)
+            setattr(sys, f"std{name}", file)
+        sys.argv = [program.__name__, *map(str, arguments)]
+        program.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _wait(child: int, end: float) -> int:
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -signal.SIGALRM  # it hung
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A rendered data set: 4 training and 3 test identities, 8 cameras, 2 captures each."""
     root = tmp_path_factory.mktemp("data") / "synthetic"
-    done = run("-m", "extras.synthetic", "--out", root, "--train-ids", 4, "--test-ids", 3, "--captures", 2, "--workers", 1)
+    sizes = ["--train-ids", 4, "--test-ids", 3, "--captures", 2, "--workers", 1]
+    done = run("-m", "extras.synthetic", "--out", root, *sizes)
     assert done.returncode == 0, done.stderr
     return root
 
@@ -43,7 +123,10 @@ def trained(tiny_data, tmp_path_factory) -> Path:
 
 
 def tiny_arguments(root: Path, out: Path) -> list:
+    """train.py on the tiny data set: 2 x 8 steps in each stage, random weights, small images."""
     return [
-        "--data-root", root, "--out", out, "--epochs", 2, 2, "--batch-size", 8, "--backbone-weights", "none", "--device", "cpu",
-        "--precision", "fp32", "--image-size", 32, 64, "--schedule", "sqrt", "constant", "--flips", 0.5, 0.5, "--erase", 0.5,
+        "--data-root", root, "--out", out, "--epochs", 2, 2, "--batch-size", 8,
+        "--backbone-weights", "none", "--device", "cpu", "--precision", "fp32",
+        "--image-size", 32, 64, "--schedule", "sqrt", "constant",
+        "--flips", 0.5, 0.5, "--erase", 0.5,
     ]  # fmt: skip

@@ -1,4 +1,6 @@
-"""Damage checkpoints and images and read them: each gives the right result or one clear error, within bounded memory and time.
+"""Damage checkpoints and images, and read them.
+
+Each gives the right result or one clear error, within bounded memory and time.
 
 python tests/fuzz.py --checkpoints 500 --images 500
 """
@@ -31,7 +33,10 @@ KINDS = ("truncated", "flipped", "swapped", "zeroed", "grown")
 
 
 def damage(content: bytes, kind: str, draw: random.Random) -> bytes:
-    """The same bytes cut off, with 1 to 20 bits flipped, two blocks swapped, a block zeroed, or a block repeated."""
+    """The same bytes, damaged in one way.
+
+    Cut off, with 1 to 20 bits flipped, two blocks swapped, a block zeroed, or a block repeated.
+    """
     size, result = len(content), bytearray(content)
     a, b = sorted(draw.sample(range(size), 2))
     length = draw.randint(1, max(1, min(b - a, size - b, 4096)))
@@ -41,7 +46,10 @@ def damage(content: bytes, kind: str, draw: random.Random) -> bytes:
         for _ in range(draw.randint(1, 20)):
             result[draw.randrange(size)] ^= 1 << draw.randrange(8)
     elif kind == "swapped":
-        result[a : a + length], result[b : b + length] = content[b : b + length], content[a : a + length]
+        result[a : a + length], result[b : b + length] = (
+            content[b : b + length],
+            content[a : a + length],
+        )
     elif kind == "zeroed":
         result[a : a + length] = bytes(length)
     else:
@@ -52,10 +60,12 @@ def damage(content: bytes, kind: str, draw: random.Random) -> bytes:
 def checkpoints(folder: Path) -> list[Path]:
     """A small one as train.py writes it, and one as prune.py does."""
     torch.manual_seed(0)
-    config = GraFTConfig(image_size=(32, 32), dim=32, depth=2, heads=2, encoder_heads=2, encoder_hidden=32, num_ids=5)
+    config = GraFTConfig(
+        image_size=(32, 32), dim=32, depth=2, heads=2, encoder_heads=2, encoder_hidden=32, num_ids=5
+    )
     model = build_model(config)
-    facts = {modality: (0.5, 0.5, 0.5) for modality in config.modalities}
-    about = {"config": vars(config), "settings": {"seed": 0}, "mean": facts, "std": facts}
+    half = {modality: (0.5, 0.5, 0.5) for modality in config.modalities}
+    about = {"config": vars(config), "settings": {"seed": 0}, "mean": half, "std": half}
     runtime.save_checkpoint(folder / "whole.pt", {**about, "model": model.state_dict()})
     prune.mask(model, prune.prunable(model) // 2)
     prune.make_permanent(model)
@@ -65,7 +75,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def images(folder: Path) -> list[Path]:
     """A mosaic as JPEG, PNG and BMP."""
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 48, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    pixels = (
+        np.random.default_rng(0).integers(0, 256, (8, 48, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    )
     paths = [folder / f"0501_c0001_000.{suffix}" for suffix in ("jpg", "png", "bmp")]
     for path in paths:
         Image.fromarray(pixels).save(path)
@@ -81,9 +93,11 @@ def read_image(path: Path) -> dict:
 
 
 def fuzz(files: list[Path], read, count: int, seed: int) -> Counter:
-    """Read `count` damaged copies: how many of each kind were refused, and how many gave what the whole file gives.
+    """Read `count` damaged copies: how many of each kind were refused, how many read right.
 
-    Raises AssertionError, naming seed and number, for any other outcome: another error, other tensors, too slow, too large.
+    Read right means: gave what the whole file gives.
+    Raises AssertionError, naming seed and number, for any other outcome: another error, other
+    tensors, too slow, too large.
     """
     outcomes: Counter = Counter()
     whole = [(path.read_bytes(), read(path)) for path in files]
@@ -96,23 +110,32 @@ def fuzz(files: list[Path], read, count: int, seed: int) -> Counter:
         signal.alarm(SECONDS)
         try:
             result = read(path)
-            same = result.keys() == expected.keys() and all(torch.equal(result[name], expected[name]) for name in result)
+            same = result.keys() == expected.keys() and all(
+                torch.equal(result[name], expected[name]) for name in result
+            )
             outcomes[kind, "right" if same else "WRONG"] += 1
         except runtime.UserError as error:
-            outcomes[kind, "refused" if path.name in str(error) and "\n" not in str(error) else "UNCLEAR"] += 1
+            outcomes[
+                kind, "refused" if path.name in str(error) and "\n" not in str(error) else "UNCLEAR"
+            ] += 1
         finally:
             signal.alarm(0)
     return outcomes
 
 
 def bounded() -> None:
-    """From here on the process may take MEMORY more than it has, and end with a traceback where a file takes too long."""
+    """From here on the process may take MEMORY more than it has.
+
+    It ends with a traceback where a file takes too long.
+    """
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, resource.RLIM_INFINITY))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoints", type=int, default=500, help="default: %(default)s")
     parser.add_argument("--images", type=int, default=500, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the damage (default: %(default)s)")
@@ -129,7 +152,10 @@ def main() -> None:
                 counts = {end: n for (k, end), n in sorted(outcomes.items()) if k == kind}
                 print(f"{what:<12}{kind:<10}{counts}")
             failed += sum(n for (_, end), n in outcomes.items() if end.isupper())
-    print(f"{args.checkpoints + args.images} damaged files, {failed} neither refused in one line nor read right")
+    print(
+        f"{args.checkpoints + args.images} damaged files,"
+        f" {failed} neither refused in one line nor read right"
+    )
     sys.exit(failed > 0)
 
 

@@ -1,11 +1,15 @@
-"""The tables as commands: every row trains, finished rows are kept, the figures are those of the runs."""
+"""The tables as commands.
+
+Every row trains, finished rows are kept, and the figures are those of the runs.
+"""
 
 import json
+from argparse import Namespace
 from functools import partial
 from statistics import mean, stdev
 
 import pytest
-from conftest import run, torchrun
+from conftest import call, run, torchrun
 
 import ablate
 import train
@@ -33,41 +37,111 @@ def table(*arguments, launch=run) -> list[list[str]]:
     """Cells of the table that ablate.py prints last."""
     done = launch("ablate.py", *arguments)
     assert done.returncode == 0, done.stderr
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in done.stdout.splitlines()
+        if line.startswith("|")
+    ]
 
 
 @pytest.mark.parametrize("key", ablate.TABLES)
 def test_every_row_is_a_command_of_train(key, tmp_path):
     rows = [row for row in ablate.TABLES[key].rows if row.flags is not None]
-    outs = [train.parse(ablate.command(row, [], 0, tmp_path)).out for row in rows]
-    assert len(set(zip(outs, [row.subset for row in rows], strict=True))) == len(rows)  # no row twice
+    args = Namespace(out=tmp_path, deit="deit", vit="vit.pth")
+    outs = [train.parse(ablate.command(row, [], 0, args)).out for row in rows]
+    assert len(
+        set(zip(outs, [(row.test, row.prune, row.target) for row in rows], strict=True))
+    ) == len(rows)  # no row twice
     assert all(len(row.paper) in (0, 4) for row in ablate.TABLES[key].rows)
 
 
 def test_dry_run_prints_the_commands_alone(tmp_path):
-    done = run("ablate.py", "--table", 8, "--seeds", 2, "--dry-run", "--out", tmp_path / "out", "--lr", "1e-4", "1e-5")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 18 and not (tmp_path / "out").exists()
-    assert all(line.startswith("python train.py --lr 1e-4 1e-5 ") for line in done.stdout.splitlines())
+    done = run(
+        "ablate.py",
+        "--table",
+        8,
+        "--seeds",
+        2,
+        "--dry-run",
+        "--out",
+        tmp_path / "out",
+        "--lr",
+        "1e-4",
+        "1e-5",
+    )
+    assert (
+        done.returncode == 0
+        and len(done.stdout.splitlines()) == 2 * (13 + 4)
+        and not (tmp_path / "out").exists()
+    )
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("python train.py --lr 1e-4 1e-5 ") for line in lines) == 26
+    assert sum(line.endswith("last.pt --test-token data") for line in lines) == 8
 
 
-def test_table_5_end_to_end_and_what_is_done_is_kept(tiny_data, tmp_path):
-    arguments = ["--table", 5, "--seeds", 2, "--out", tmp_path, "--data-root", tiny_data, *QUICK]
+def test_table_7_end_to_end_and_what_is_done_is_kept(tiny_data, tmp_path):
+    arguments = ["--table", 7, "--seeds", 2, "--out", tmp_path, "--data-root", tiny_data, *QUICK]
     first = table(*arguments)
-    assert [row[0] for row in first[2:]] == [row.label for row in ablate.TABLES["5"].rows]
+    assert [row[0] for row in first[2:]] == [row.label for row in ablate.TABLES["7"].rows]
     folders = sorted(tmp_path.glob("*/[01]"))
-    assert len(folders) == 16
-    graft = [folder for folder in folders if folder.parent.name.endswith("fp32")]
+    assert len(folders) == 6
+    graft = [folder for folder in folders if folder.parent.name.endswith("rgb,nir")]
     values = [100 * json.loads((folder / "metrics.json").read_text())["mAP"] for folder in graft]
-    assert first[-1][2] == f"{mean(values):.1f} ± {stdev(values):.1f}" and first[-1][6] == "76.4 / 94.0 / 94.4 / 94.6"
+    assert (
+        first[-1][2] == f"{mean(values):.1f} ± {stdev(values):.1f}"
+        and first[-1][6] == "75.1 / 91.4 / 92.3 / 92.9"
+    )
     graft[1].joinpath("metrics.json").unlink()  # as if interrupted before the test
     before = {folder: (folder / "last.pt").stat().st_mtime_ns for folder in folders}
     assert table(*arguments) == first
-    assert before == {folder: (folder / "last.pt").stat().st_mtime_ns for folder in folders}  # nothing trained again
+    assert before == {
+        folder: (folder / "last.pt").stat().st_mtime_ns for folder in folders
+    }  # nothing trained again
 
 
 def test_one_model_on_every_subset_by_two_processes(tiny_data, tmp_path):
-    arguments = ["--table", "missing", "--seeds", 1, "--out", tmp_path, "--data-root", tiny_data, *QUICK]
+    arguments = [
+        "--table",
+        "missing",
+        "--seeds",
+        1,
+        "--out",
+        tmp_path,
+        "--data-root",
+        tiny_data,
+        *QUICK,
+    ]
     lines = table(*arguments, launch=partial(torchrun, 2))
     assert len(lines) == 2 + 14 and len(list(tmp_path.glob("*/0/metrics-*.json"))) == 14
     for folder in tmp_path.glob("*/0"):
-        assert (folder / "metrics-rgb,nir,tir.json").read_text() == (folder / "metrics.json").read_text()
+        assert (folder / "metrics-modalities-rgb,nir,tir.json").read_text() == (
+            folder / "metrics.json"
+        ).read_text()
+
+
+def test_pruning_tables_and_the_size_chart(tiny_data, tmp_path, monkeypatch):
+    """A row of each target of one run of prune.py; what is done is kept."""
+    rows = ablate.pruned(
+        {"0.8": ((76.4, 94.0, 94.4, 94.6), 76), "0.5": ()}, "", "--rounds 1 --epoch-steps 1"
+    )
+    monkeypatch.setitem(
+        ablate.TABLES, "3", ablate.Table("Table 3", (*ablate.COMPETITORS_100[:1], *rows))
+    )
+    arguments = ["--table", 3, "--seeds", 1, "--out", tmp_path, "--data-root", tiny_data, *QUICK]
+    done = call(ablate, *arguments, "--chart", tmp_path / "size.png")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")][-3:]
+    assert (
+        lines[0].endswith("| 78 M: 65.4 / 85.5 / 87.9 / 88.8 |") and "76 M: 76.4 / 94.0" in lines[1]
+    )
+    assert "| 3.33 M |" in lines[1] and "| 2.53 M |" in lines[2]
+    assert (tmp_path / "size.png").stat().st_size > 1000
+    again = call(ablate, *arguments)
+    assert again.returncode == 0 and "stage 3" not in again.stdout and lines[2] in again.stdout
+
+
+def test_the_backbone_table_names_what_it_needs(tmp_path, monkeypatch, capsys):
+    done = call(ablate, "--table", "backbone", "--dry-run")
+    assert done.returncode == 2 and "--table backbone: needs --vit FILE" in done.stderr
+    done = call(ablate, "--table", "backbone", "--dry-run", "--vit", "vit.pth", "--seeds", 1)
+    assert "--no-distilled --backbone-weights vit.pth" in done.stdout

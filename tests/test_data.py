@@ -1,6 +1,10 @@
-"""Proves that every layout on disk comes out as the same registered tiles, identities and cameras, that what is missing or
-broken is named, that triplets and batches hold what section 5.1 asks for, and that modalities are augmented together."""
+"""Proves that every layout on disk comes out as the same registered tiles, identities and cameras.
 
+Also that what is missing or broken is named, that triplets and batches hold what section 5.1 asks
+for, and that modalities are augmented together.
+"""
+
+import multiprocessing
 from collections import Counter
 from dataclasses import replace
 
@@ -41,11 +45,10 @@ def write_rgbnt100(root, layout=1, height=16, colours=TILES):
                 (root / "rgbir/query").mkdir(parents=True)
                 (root / f"rgbir/query/{name}.jpg").write_bytes(b"read for its name only")
             else:
+                part = "train" if split.endswith("train") else "validate"
                 for folder, colour in zip("RNT", colours, strict=True):
-                    place = {
-                        2: f"reid_set_{folder}/{split}",
-                        3: f"{'train' if split.endswith('train') else 'validate'}/{folder}/{name[:4]}",
-                    }[layout]
+                    places = {2: f"reid_set_{folder}/{split}", 3: f"{part}/{folder}/{name[:4]}"}
+                    place = places[layout]
                     save(root / place / f"{name}.jpg", colour, height=height)
 
 
@@ -60,7 +63,9 @@ def assert_tiles(images, size, **colours):
     assert list(images) == list(colours)
     for modality, colour in colours.items():
         assert images[modality].dtype == torch.uint8 and images[modality].shape == (3, *size)
-        assert (images[modality] - torch.tensor(colour).view(3, 1, 1)).abs().max() < 8  # JPEG is not exact
+        assert (
+            images[modality] - torch.tensor(colour).view(3, 1, 1)
+        ).abs().max() < 8  # JPEG is not exact
 
 
 def samples_of(pids_and_keys):
@@ -83,15 +88,21 @@ def test_rgbnt100(tmp_path, layout, below):
         for i, name in enumerate(names):
             images, pid, key = split[i]
             assert_tiles(images, (16, 32), **COLOURS)
-            assert (pid, key) == (int(name[:4]), int(name[6:10]) - 1) == (split.pids[i], split.keys[i])
+            assert (
+                (pid, key) == (int(name[:4]), int(name[6:10]) - 1) == (split.pids[i], split.keys[i])
+            )
 
 
 @pytest.mark.parametrize("height", [8, 128])
 def test_any_tile_height_native_or_resized(tmp_path, height):
     write_rgbnt100(tmp_path, height=height)
-    assert_tiles(data.load_dataset("rgbnt100", tmp_path).train[0][0], (height, 2 * height), **COLOURS)
+    assert_tiles(
+        data.load_dataset("rgbnt100", tmp_path).train[0][0], (height, 2 * height), **COLOURS
+    )
     dataset = data.load_dataset("rgbnt100", tmp_path, image_size=(24, 40))
-    assert_tiles(dataset.train[0][0], (24, 40), **COLOURS)  # resizing takes nothing from the tile beside
+    assert_tiles(
+        dataset.train[0][0], (24, 40), **COLOURS
+    )  # resizing takes nothing from the tile beside
 
 
 @pytest.mark.parametrize("colours", [TILES[:2], TILES])
@@ -101,16 +112,19 @@ def test_rgbn300_mosaics_of_two_or_three_tiles(tmp_path, colours):
     assert_tiles(dataset.query[0][0], (128, 256), rgb=COLOURS["rgb"], nir=COLOURS["nir"])
 
 
-OTHERS = {  # file of a modality's first, second and third folder; of train, query and gallery; pid and key
+# File of a modality; its folders; then, of train, query and gallery: split, name, pid and key
+OTHERS = {
     "rgbnt201": ("{split}/{modality}/{name}.jpg", ("RGB", "NI", "TI"), [
-        ("train_171", "000009_cam3_1_00", 9, 2), ("test", "000258_cam1_0_00", 258, 0), ("test", "000258_cam1_0_00", 258, 0),
+        ("train_171", "000009_cam3_1_00", 9, 2), ("test", "000258_cam1_0_00", 258, 0),
+        ("test", "000258_cam1_0_00", 258, 0),
     ]),
     "msvr310": ("{split}/{name:.4}/{modality}/{name}.jpg", ("vis", "ni", "th"), [
         ("bounding_box_train", "0001_s002_v4_002", 1, 2), ("query3", "0002_s013_v1_002", 2, 13),
         ("bounding_box_test", "0002_s002_v0_000", 2, 2),
     ]),
     "wmveid863": ("{split}/{pid:04}/{modality}/{name}.jpg", ("vis", "ni", "th"), [
-        ("train", "v1_n1_s999_011", 471, 0), ("query", "v2_n0_s101_001", 472, 1), ("test", "v3_n0_s101_002", 472, 2),
+        ("train", "v1_n1_s999_011", 471, 0), ("query", "v2_n0_s101_001", 472, 1),
+        ("test", "v3_n0_s101_002", 472, 2),
     ]),
 }  # fmt: skip
 
@@ -120,16 +134,24 @@ def test_other_benchmarks(tmp_path, capsys, name):
     pattern, folders, samples = OTHERS[name]
     for split, stem, pid, _ in samples:
         for modality, colour in zip(folders, TILES, strict=True):
-            save(tmp_path / pattern.format(split=split, modality=modality, name=stem, pid=pid), colour)
+            save(
+                tmp_path / pattern.format(split=split, modality=modality, name=stem, pid=pid),
+                colour,
+            )
     dataset = data.load_dataset(name, tmp_path, image_size=(16, 32))
-    for split, (_, _, pid, key) in zip((dataset.train, dataset.query, dataset.gallery), samples, strict=True):
+    for split, (_, _, pid, key) in zip(
+        (dataset.train, dataset.query, dataset.gallery), samples, strict=True
+    ):
         assert len(split) == 1
         assert_tiles(split[0][0], (16, 32), **COLOURS)
         assert split[0][1:] == (pid, key)
     split, stem, pid, _ = samples[1]  # a sensor failed
     (tmp_path / pattern.format(split=split, modality=folders[2], name=stem, pid=pid)).unlink()
     assert list(data.load_dataset(name, tmp_path).query[0][0]) == ["rgb", "nir"]
-    assert "1 of 1 query samples lack a modality and stay, with what they have" in capsys.readouterr().err
+    assert (
+        "1 of 1 query samples lack a modality and stay, with what they have"
+        in capsys.readouterr().err
+    )
 
 
 def test_chosen_modalities_alone_are_read(tmp_path):
@@ -146,10 +168,19 @@ def test_folder_pairs_by_name_whatever_the_suffix(tmp_path):
         (tmp_path / split / "nir/7_c1_a.png").unlink()
         save(tmp_path / split / "nir/7_c1_a.jpg", COLOURS["nir"])
     dataset = data.load_dataset("folder", tmp_path)
-    assert dataset.mean["heat"] == (0.485, 0.456, 0.406) and dataset.std["heat"] == (0.229, 0.224, 0.225)  # ImageNet's
-    assert [(s.name, s.pid, s.key) for s in dataset.train.samples] == [("12_c4_b", 12, 3), ("7_c1_a", 7, 0)]
+    assert dataset.mean["heat"] == (0.485, 0.456, 0.406) and dataset.std["heat"] == (
+        0.229,
+        0.224,
+        0.225,
+    )  # ImageNet's
+    assert [(s.name, s.pid, s.key) for s in dataset.train.samples] == [
+        ("12_c4_b", 12, 3),
+        ("7_c1_a", 7, 0),
+    ]
     for i in (0, 1):
-        assert_tiles(dataset.train[i][0], (16, 32), rgb=COLOURS["rgb"], nir=COLOURS["nir"], heat=(9, 9, 9))
+        assert_tiles(
+            dataset.train[i][0], (16, 32), rgb=COLOURS["rgb"], nir=COLOURS["nir"], heat=(9, 9, 9)
+        )
 
 
 def test_lacking_modality_drops_training_samples_only(tmp_path, capsys):
@@ -166,13 +197,32 @@ def test_lacking_modality_drops_training_samples_only(tmp_path, capsys):
         assert_tiles(split[1][0], (16, 32), rgb=COLOURS["rgb"])
 
 
+def test_samples_without_any_chosen_modality_are_named_and_counted(tmp_path, capsys):
+    write_folder(tmp_path, ["1_c1_0", "1_c2_0", "2_c1_0"])
+    for split in data.SPLITS:
+        (tmp_path / split / "nir/1_c2_0.png").unlink()
+    dataset = data.load_dataset("folder", tmp_path, ("nir",))
+    assert [len(split) for split in (dataset.train, dataset.query, dataset.gallery)] == [2, 2, 2]
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == [
+        f"warning: 1 of 3 {split} samples have none of nir and are left out: 1_c2_0"
+        for split in data.SPLITS
+    ]
+    lines = data.check("folder", tmp_path, ("nir",))
+    assert sum("1_c2_0 lacks nir" in line for line in lines) == 3
+
+
 def test_counts_other_than_the_known_ones_warn(tmp_path, capsys, monkeypatch):
     write_rgbnt100(tmp_path)
     data.load_dataset("rgbnt100", tmp_path)
     warnings = capsys.readouterr().err.splitlines()
-    for warning, facts in zip(warnings, [("train", 3, 8675), ("query", 1, 1715), ("gallery", 2, 8575)], strict=True):
+    for warning, facts in zip(
+        warnings, [("train", 3, 8675), ("query", 1, 1715), ("gallery", 2, 8575)], strict=True
+    ):
         assert all(str(fact) in warning for fact in facts)
-    monkeypatch.setitem(data.DATASETS, "rgbnt100", replace(data.DATASETS["rgbnt100"], counts=(3, 1, 2)))
+    monkeypatch.setitem(
+        data.DATASETS, "rgbnt100", replace(data.DATASETS["rgbnt100"], counts=(3, 1, 2))
+    )
     data.load_dataset("rgbnt100", tmp_path)
     assert capsys.readouterr().err == ""
 
@@ -181,7 +231,11 @@ def test_synthetic_is_read_where_it_is_and_only_in_this_version(tmp_path):
     synthetic.write_dataset(tmp_path / "synthetic", train_ids=2, test_ids=1, captures=1, workers=1)
     for root in (tmp_path, tmp_path / "synthetic"):
         dataset = data.load_dataset("synthetic", root)
-        assert [len(split) for split in (dataset.train, dataset.query, dataset.gallery)] == [16, 8, 8]
+        assert [len(split) for split in (dataset.train, dataset.query, dataset.gallery)] == [
+            16,
+            8,
+            8,
+        ]
     (tmp_path / "synthetic/VERSION").write_text("0\n")
     with pytest.raises(UserError, match=f"version 0, expected {synthetic.VERSION}; delete"):
         data.load_dataset("synthetic", tmp_path)
@@ -198,13 +252,21 @@ def test_errors_of_finding(tmp_path):
     with pytest.raises(UserError, match="no layout of rgbnt100") as error:
         data.load_dataset("rgbnt100", tmp_path)
     market = "{bounding_box_train,query,bounding_box_test}"
-    for tree in (f"rgbir/{market}/*", f"reid_set_{{R,N,T}}/{market}/*", "{train,validate}/{R,N,T}/*/*"):
+    for tree in (
+        f"rgbir/{market}/*",
+        f"reid_set_{{R,N,T}}/{market}/*",
+        "{train,validate}/{R,N,T}/*/*",
+    ):
         assert f"\n  {tree}" in str(error.value)
     write_rgbnt100(tmp_path)
-    with pytest.raises(UserError, match="no modality xray in rgbnt100; expected some of rgb, nir, tir"):
+    with pytest.raises(
+        UserError, match="no modality xray in rgbnt100; expected some of rgb, nir, tir"
+    ):
         data.load_dataset("rgbnt100", tmp_path, ("rgb", "xray"))
     (tmp_path / "rgbir/query/0502_c0003_000.jpg").unlink()
-    with pytest.raises(UserError, match="no usable images in split query; expected files at rgbir/"):
+    with pytest.raises(
+        UserError, match="no usable images in split query; expected files at rgbir/"
+    ):
         data.load_dataset("rgbnt100", tmp_path)
 
 
@@ -220,7 +282,9 @@ def test_resized_as_pillow_resizes(tmp_path, size):
     pixels = np.random.default_rng(0).integers(256, size=(40, 80, 3), dtype=np.uint8)
     image = Image.fromarray(np.concatenate([pixels, 255 - pixels], 1))
     image.save(path := tmp_path / "mosaic.png")
-    split = data.Split([data.Sample("", 1, 0, {"rgb": (path, 0), "nir": (path, 1)})], ("rgb", "nir"), size)
+    split = data.Split(
+        [data.Sample("", 1, 0, {"rgb": (path, 0), "nir": (path, 1)})], ("rgb", "nir"), size
+    )
     for i, found in enumerate(split[0][0].values()):
         tile = image.crop((80 * i, 0, 80 * i + 80, 40)).resize(size[::-1], Image.Resampling.BICUBIC)
         assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(tile)).max() <= 2
@@ -230,12 +294,17 @@ def test_resized_as_pillow_resizes(tmp_path, size):
 def test_mosaic_too_narrow_or_of_odd_width(tmp_path, width):
     write_rgbnt100(tmp_path)
     Image.new("RGB", (width, 16)).save(tmp_path / "rgbir/bounding_box_train/0501_c0001_010.jpg")
-    with pytest.raises(UserError, match=rf"c0001_010.jpg: {width}x16 pixels; a mosaic has tiles .* here 32x16, at least"):
+    with pytest.raises(
+        UserError,
+        match=rf"c0001_010.jpg: {width}x16 pixels; a mosaic has tiles .* here 32x16, at least",
+    ):
         data.load_dataset("rgbnt100", tmp_path).train[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("image_size", [None, (16, 32)])  # without a size nothing is kept in memory: workers read
+@pytest.mark.parametrize(
+    "image_size", [None, (16, 32)]
+)  # without a size nothing is kept in memory: workers read
 def test_truncated_jpeg_is_named_in_one_line(tmp_path, capsys, workers, image_size):
     write_rgbnt100(tmp_path)
     path = tmp_path / "rgbir/bounding_box_train/0501_c0002_000.jpg"
@@ -243,19 +312,17 @@ def test_truncated_jpeg_is_named_in_one_line(tmp_path, capsys, workers, image_si
     train = data.load_dataset("rgbnt100", tmp_path, image_size=image_size).train
     capsys.readouterr()
 
-    readers = []
-
     @runtime.program
     def main():
-        readers.append(iter(data.loader(train, [[0], [1], [2]], workers, torch.device("cpu"))))
-        list(readers[0])
+        list(data.read_batches(train, [[0], [1], [2]], workers, pin=False))
 
     with pytest.raises(SystemExit) as stop:
         main()
-    if readers and workers:
-        readers[0]._shutdown_workers()  # left to the garbage collector, each takes five seconds
+    assert not multiprocessing.active_children()  # they ended with the reading
     (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith(f"error: {path}: not an image that can be read (")
+    assert stop.value.code == 2 and line.startswith(
+        f"error: {path}: not an image that can be read ("
+    )
 
 
 # --- reading
@@ -269,24 +336,32 @@ def test_workers_and_memory_give_what_reading_gives(tmp_path, monkeypatch):
     train = data.load_dataset("rgbnt100", tmp_path, image_size=(12, 20)).train
     read = [train[i][0] for i in range(3)]
     assert not torch.equal(read[0]["rgb"], read[1]["rgb"])
-    batches, cpu = [[2, 0], [1]], torch.device("cpu")
+    batches = [[2, 0], [1]]
     monkeypatch.setattr(data, "CACHE_BYTES", 3 * 3 * 3 * 12 * 20 - 1)
     assert not train.keep_in_memory()
-    by_workers = list(data.loader(train, batches, 2, cpu))
+    by_workers = list(data.read_batches(train, batches, 2, pin=False))
     monkeypatch.setattr(data, "CACHE_BYTES", 3 * 3 * 3 * 12 * 20)
     assert train.keep_in_memory()
     for path in (tmp_path / "rgbir/bounding_box_train").iterdir():
         path.unlink()
-    for batch, (images, pids, keys), memory in zip(batches, by_workers, data.loader(train, batches, 2, cpu), strict=True):
-        assert pids.tolist() == train.pids[batch].tolist() and keys.tolist() == train.keys[batch].tolist()
+    in_memory = data.read_batches(train, batches, 2, pin=False)
+    for batch, (images, pids, keys), memory in zip(batches, by_workers, in_memory, strict=True):
+        assert (
+            pids.tolist() == train.pids[batch].tolist()
+            and keys.tolist() == train.keys[batch].tolist()
+        )
         assert torch.equal(pids, memory[1]) and torch.equal(keys, memory[2])
         for modality in train.modalities:
             expected = torch.stack([read[i][modality] for i in batch])
-            assert torch.equal(images[modality], expected) and torch.equal(memory[0][modality], expected)
+            assert torch.equal(images[modality], expected) and torch.equal(
+                memory[0][modality], expected
+            )
 
 
 def test_hold_out():
-    train = data.Split(samples_of([(9, 0), (4, 0), (7, 1), (9, 0), (7, 0), (9, 3), (7, 1), (2, 5)]), ("rgb",))
+    train = data.Split(
+        samples_of([(9, 0), (4, 0), (7, 1), (9, 0), (7, 0), (9, 3), (7, 1), (2, 5)]), ("rgb",)
+    )
     rest, query, gallery = data.hold_out(train, 2)
     assert [sample.name for sample in rest.samples] == ["001", "007"]  # identities 4 and 2
     assert [sample.name for sample in query.samples] == ["000", "002", "004", "005"]
@@ -302,19 +377,25 @@ def test_triplets():
     triplets = data.make_triplets(PIDS, 3, np.random.default_rng(0))
     anchors, positives, negatives = triplets.T
     assert (
-        (PIDS[anchors] == PIDS[positives]).all() and (anchors != positives).all() and (PIDS[anchors] != PIDS[negatives]).all()
+        (PIDS[anchors] == PIDS[positives]).all()
+        and (anchors != positives).all()
+        and (PIDS[anchors] != PIDS[negatives]).all()
     )
     assert Counter(anchors.tolist()) == {i: 3 for i in range(11) if i != 4}
     for anchor in set(anchors.tolist()):
         used = positives[anchors == anchor]
         assert len(set(used.tolist())) == {5: 3, 3: 2, 7: 1}[PIDS[anchor]]
-    assert (np.diff(anchors) != 0).sum() > 15  # shuffled: unshuffled, 10 anchors of 3 rows change 9 times
+    assert (
+        np.diff(anchors) != 0
+    ).sum() > 15  # shuffled: unshuffled, 10 anchors of 3 rows change 9 times
     assert np.array_equal(triplets, data.make_triplets(PIDS, 3, np.random.default_rng(0)))
     assert not np.array_equal(triplets, data.make_triplets(PIDS, 3, np.random.default_rng(1)))
 
 
 def test_positives_and_negatives_are_drawn_from_all_others_evenly():
-    drawn = np.concatenate([data.make_triplets(PIDS, 2, np.random.default_rng(seed)) for seed in range(300)])
+    drawn = np.concatenate(
+        [data.make_triplets(PIDS, 2, np.random.default_rng(seed)) for seed in range(300)]
+    )
     for anchor in set(range(11)) - {4}:
         rows = drawn[drawn[:, 0] == anchor]
         same = {i for i in range(11) if PIDS[i] == PIDS[anchor] and i != anchor}
@@ -325,56 +406,56 @@ def test_positives_and_negatives_are_drawn_from_all_others_evenly():
             assert all(0.6 < count * len(expected) / 600 < 1.5 for count in counts.values())
 
 
-def test_triplet_batches():
-    batches = data.TripletBatches(torch.from_numpy(PIDS), 4, 2, seed=3)
-    first = list(batches)
-    assert len(batches) == len(first) == 20 // 4
-    for batch in first:
-        anchors, positives, negatives = (PIDS[batch[i : i + 4]] for i in (0, 4, 8))
-        assert len(batch) == 12 and (anchors == positives).all() and (anchors != negatives).all()
-    anchors = Counter(i for batch in first for i in batch[:4])
-    assert anchors == {i: 2 for i in range(11) if i != 4}
-    batches.epoch = 1
-    second = list(batches)
-    assert second != first and second == list(batches)
-    batches.epoch = 0
-    assert list(batches) == first != list(data.TripletBatches(torch.from_numpy(PIDS), 4, 2, seed=4))
+def test_steps_of_triplets():
+    sampler = data.TripletSampler(torch.from_numpy(PIDS), 4, 2, seed=3)
+    first = sampler.steps(0)
+    assert first.shape == (20 // 4, 3, 4) and sampler.num_steps == 5
+    anchors, positives, negatives = PIDS[first].transpose(1, 0, 2)
+    assert (anchors == positives).all() and (anchors != negatives).all()
+    assert Counter(first[:, 0].ravel().tolist()) == {i: 2 for i in range(11) if i != 4}
+    assert np.array_equal(first, sampler.steps(0)) and not np.array_equal(first, sampler.steps(1))
+    other_seed = data.TripletSampler(torch.from_numpy(PIDS), 4, 2, seed=4)
+    assert not np.array_equal(first, other_seed.steps(0))
 
 
-def test_ranks_share_each_step(monkeypatch):
-    alone = list(data.TripletBatches(torch.from_numpy(PIDS), 6, 2, seed=0))
-    monkeypatch.setattr(runtime, "world_size", lambda: 3)
-    parts = []
-    for rank in range(3):
-        monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
-        batches = data.TripletBatches(torch.from_numpy(PIDS), 2, 2, seed=0)
-        parts.append([np.reshape(batch, (3, 2)) for batch in batches])
-        assert len(batches) == len(parts[rank]) == 3  # 20 triplets: two are left over
-    assert [np.concatenate(step, 1).ravel().tolist() for step in zip(*parts, strict=True)] == alone
+@pytest.mark.parametrize(
+    ("batch_size", "per_pass", "ranks", "expected"),
+    [
+        (26, 26, 1, [[26]]),
+        (26, 26, 8, [[4, 4, 3, 3, 3, 3, 3, 3]]),
+        (208, 26, 8, [[26] * 8]),
+        (208, 26, 1, [[26]] * 8),
+        (208, 26, 3, [[24, 23, 23], [23, 23, 23], [23, 23, 23]]),
+        (7, 2, 2, [[2, 2], [2, 1]]),
+        (9, 1, 8, [[2, 1, 1, 1, 1, 1, 1, 1]]),  # a second pass would leave seven ranks without any
+    ],
+)
+def test_a_step_is_shared_as_evenly_as_it_goes(batch_size, per_pass, ranks, expected):
+    shares = data.share_out(batch_size, per_pass, ranks)
+    assert [[part.stop - part.start for part in row] for row in shares] == expected
+    covered = [i for row in shares for part in row for i in range(part.start, part.stop)]
+    assert covered == list(range(batch_size))
 
 
-def test_identity_batches(monkeypatch):
+def test_fewer_triplets_than_ranks_are_refused():
+    with pytest.raises(UserError, match="--batch-size 3: fewer triplets than the 4 ranks"):
+        data.share_out(3, 26, 4)
+
+
+def test_steps_of_identities():
     pids = torch.arange(8).repeat_interleave(torch.tensor([3, 9, 9, 9, 9, 9, 9, 9]))
-    batches = data.IdentityBatches(pids, 8, 1, seed=0)  # 24 images: 4 identities, 6 of each
-    first = list(batches)
-    assert len(first) == len(batches) == 8  # as many steps as of triplets
-    for batch in first:
-        ids, counts = np.unique(pids[batch], return_counts=True)
+    sampler = data.IdentitySampler(pids, 8, 1, seed=0)  # 24 images: 4 identities, 6 of each
+    first = sampler.steps(0)
+    assert first.shape == (8, 3, 8)  # as many steps as of triplets
+    for step in first.reshape(8, 24):
+        ids, counts = np.unique(pids[step], return_counts=True)
         assert len(ids) == 4 and (counts == 6).all()
-        assert all(len(set(batch[i : i + 6])) == 6 for i in range(0, 24, 6) if pids[batch[i]] != 0)
-    assert list(batches) == first
-    batches.epoch = 1
-    assert list(batches) != first
-    monkeypatch.setattr(runtime, "world_size", lambda: 2)
-    parts = []
-    for rank in range(2):
-        monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
-        parts.append(list(data.IdentityBatches(pids, 4, 1, seed=0)))
-    assert [a + b for a, b in zip(*parts, strict=True)] == first
-    with pytest.raises(UserError, match="16 identities; the training data has 8"):
-        data.IdentityBatches(pids, 16, 1, seed=0)
-    with pytest.raises(UserError, match="6 divides three times"):
-        data.IdentityBatches(pids, 3, 1, seed=0)
+        whole = [step[i : i + 6] for i in range(0, 24, 6) if pids[step[i]] != 0]
+        assert all(len(set(group)) == 6 for group in whole)
+    assert np.array_equal(sampler.steps(0), first) and not np.array_equal(sampler.steps(1), first)
+    for batch_size, found in ((18, "9 identities"), (3, "1.5 identities"), (2, "1 identities")):
+        with pytest.raises(UserError, match=f"{found}; expected a whole number of them from 2 to"):
+            data.IdentitySampler(pids, batch_size, 1, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -382,19 +463,22 @@ def test_identity_batches(monkeypatch):
     [
         ([4, 4, 4], 1, "identities in the training data is 1: .* at least 2"),
         ([1, 2, 3], 1, "single sample"),
-        ([1, 1, 2, 2], 9, "batch of 9 .* 8 triplets .* lower --batch-size"),
+        ([1, 1, 2, 2], 9, "--batch-size 9: an epoch has only 8 triplets .* lower it"),
     ],
 )
 def test_triplets_that_cannot_be_made(pids, batch_size, message):
     with pytest.raises(UserError, match=message):
-        data.TripletBatches(torch.tensor(pids), batch_size, 2, seed=0)
+        data.TripletSampler(torch.tensor(pids), batch_size, 2, seed=0)
 
 
 # --- augmentation
 
 
 def test_flips():
-    images = {modality: torch.randint(256, (4, 3, 6, 10), dtype=torch.uint8) for modality in ("rgb", "nir")}
+    images = {
+        modality: torch.randint(256, (4, 3, 6, 10), dtype=torch.uint8)
+        for modality in ("rgb", "nir")
+    }
     draws = torch.full((4, 7), 0.99)  # nothing is erased
     draws[:, :2] = torch.tensor([[0.6, 0.6], [0.4, 0.6], [0.6, 0.4], [0.4, 0.4]])
     result = data.augment(images, draws)
@@ -406,7 +490,9 @@ def test_flips():
 def test_erased_rectangle_by_hand():
     image = torch.randint(1, 256, (2, 3, 100, 100), dtype=torch.uint8)
     side_40 = [0.14 / 0.31, np.log(1 / 0.3) / np.log(11)]  # 16% of the image, aspect 1
-    draws = torch.tensor([[0.9, 0.9, 0.4, *side_40, 0.5, 0.0], [0.9, 0.9, 0.4, *side_40, 0.999, 0.999]])
+    draws = torch.tensor(
+        [[0.9, 0.9, 0.4, *side_40, 0.5, 0.0], [0.9, 0.9, 0.4, *side_40, 0.999, 0.999]]
+    )
     expected = image.clone()
     expected[0, :, 30:70, 0:40] = 0  # 61 places for its top: 0.5 takes the 30th
     expected[1, :, 60:, 60:] = 0
@@ -416,15 +502,21 @@ def test_erased_rectangle_by_hand():
 @pytest.mark.parametrize("size", [(64, 128), (128, 64), (160, 160)])
 def test_erasing_is_the_same_in_all_modalities_and_within_its_bounds(size):
     generator = torch.Generator().manual_seed(0)
-    image = torch.randint(1, 256, (100, 1, *size), dtype=torch.uint8, generator=generator).expand(-1, 3, -1, -1)
+    image = torch.randint(1, 256, (100, 1, *size), dtype=torch.uint8, generator=generator).expand(
+        -1, 3, -1, -1
+    )
     draws = torch.rand(100, 7, generator=generator)
-    draws[:4, 2:7] = torch.cartesian_prod(torch.tensor([0.0, 0.9999999]), torch.tensor([0.0, 0.9999999])).repeat(1, 3)[:, :5]
+    draws[:4, 2:7] = torch.cartesian_prod(
+        torch.tensor([0.0, 0.9999999]), torch.tensor([0.0, 0.9999999])
+    ).repeat(1, 3)[:, :5]
     result = data.augment({"a": image, "b": image.clone(), "c": 255 - image // 2}, draws, erase=1.0)
     assert torch.equal(result["a"], result["b"])
     erased = result["a"] == 0
     assert torch.equal(erased, result["c"] == 0)
     area = erased[:, 0].flatten(1).float().mean(1)
-    assert area.min() > 0.018 and area.max() < 0.34 and area.max() > 0.25  # sides are rounded to pixels
+    assert (
+        area.min() > 0.018 and area.max() < 0.34 and area.max() > 0.25
+    )  # sides are rounded to pixels
     rows, columns = erased[:, 0].any(2).sum(1), erased[:, 0].any(1).sum(1)
     assert torch.equal(rows * columns, erased[:, 0].sum((1, 2)))  # one rectangle each
 
@@ -432,15 +524,21 @@ def test_erasing_is_the_same_in_all_modalities_and_within_its_bounds(size):
 def test_probabilities():
     image = torch.randint(1, 256, (400, 3, 16, 32), dtype=torch.uint8)
     draws = torch.rand(400, 7, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(data.augment({"rgb": image}, draws, flip_x=0, flip_y=0, erase=0)["rgb"], image)
+    assert torch.equal(data.augment({"rgb": image}, draws, (0, 0), erase=0)["rgb"], image)
     erased = (data.augment({"rgb": image}, draws)["rgb"] == 0).flatten(1).any(1)
     assert 0.4 < erased.float().mean() < 0.6
 
 
 def test_normalise_by_hand():
-    images = {"rgb": torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1), "nir": torch.zeros(1, 3, 1, 1)}
-    mean, std = {"rgb": (0.5, 0.1, 0.0), "nir": (0.3,) * 3}, {"rgb": (0.25, 0.5, 2.0), "nir": (0.1,) * 3}
-    result = data.normalise(images, mean, std)
+    images = {
+        "rgb": torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1),
+        "nir": torch.zeros(1, 3, 1, 1),
+    }
+    mean, std = (
+        {"rgb": (0.5, 0.1, 0.0), "nir": (0.3,) * 3},
+        {"rgb": (0.25, 0.5, 2.0), "nir": (0.1,) * 3},
+    )
+    result = data.Normalise(mean, std, torch.device("cpu"))(images)
     assert result["rgb"].dtype == torch.float32
     torch.testing.assert_close(result["rgb"].ravel(), torch.tensor([-2.0, 0.2, 0.5]))
     torch.testing.assert_close(result["nir"].ravel(), torch.tensor([-3.0] * 3))

@@ -13,18 +13,26 @@ from model import Embeddings
 def test_triplet_by_hand():
     a, p, n = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     assert triplet_soft_margin(a, p, n).item() == pytest.approx(math.log(1 + math.exp(1 - 4)))
-    assert triplet_soft_margin(a, p, n, squared=False).item() == pytest.approx(math.log(1 + math.exp(1 - 2)))
+    assert triplet_soft_margin(a, p, n, squared=False).item() == pytest.approx(
+        math.log(1 + math.exp(1 - 2))
+    )
     both = triplet_soft_margin(torch.cat([a, a]), torch.cat([p, n]), torch.cat([n, p]))
-    assert both.item() == pytest.approx((math.log(1 + math.exp(-3)) + math.log(1 + math.exp(3))) / 2)
+    assert both.item() == pytest.approx(
+        (math.log(1 + math.exp(-3)) + math.log(1 + math.exp(3))) / 2
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("squared", [True, False])
 def test_triplet_survives_large_and_zero_distances(dtype, squared):
     near = torch.zeros(1, 4, dtype=dtype, requires_grad=True)
-    far = torch.full((1, 4), 5e3, dtype=dtype, requires_grad=True)  # at a distance of 1e4, squared 1e8
+    far = torch.full(
+        (1, 4), 5e3, dtype=dtype, requires_grad=True
+    )  # at a distance of 1e4, squared 1e8
     loss = triplet_soft_margin(near, far, near, squared)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1e8 if squared else 1e4, rel=2e-2)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(
+        1e8 if squared else 1e4, rel=2e-2
+    )
     loss.backward()
     assert torch.isfinite(near.grad).all() and torch.isfinite(far.grad).all() and far.grad.any()
     assert triplet_soft_margin(near, near, far, squared).item() == 0
@@ -44,14 +52,18 @@ def test_centroids_start_at_class_means_and_move_towards_their_identity():
     optimizer = torch.optim.SGD(center.parameters(), lr=0.1)
     center(torch.tensor([[4.0, 3.0]]), torch.tensor([0])).backward()
     optimizer.step()
-    torch.testing.assert_close(center.centers.data, torch.tensor([[2.4, 3.0], [0.0, 0.0], [7.0, 7.0]]))
+    torch.testing.assert_close(
+        center.centers.data, torch.tensor([[2.4, 3.0], [0.0, 0.0], [7.0, 7.0]])
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_scheme_picks_its_tokens(scheme):
     generator = torch.Generator().manual_seed(0)
     fusion, data = (torch.randn(6, 4, generator=generator) for _ in range(2))
-    terms = GraFTLoss(3, 4, scheme)(Embeddings(fusion, data), torch.zeros(2, 3), torch.tensor([0, 2]))
+    terms = GraFTLoss(3, 4, scheme)(
+        Embeddings(fusion, data), torch.zeros(2, 3), torch.tensor([0, 2])
+    )
     rows = {"F": fusion, "D": data}
     a, p, n = rows[scheme[0]][:2], rows[scheme[1]][2:4], rows[scheme[2]][4:]
     expected = torch.log1p(torch.exp((a - p).square().sum(1) - (a - n).square().sum(1))).mean()
@@ -60,17 +72,25 @@ def test_each_scheme_picks_its_tokens(scheme):
 
 def test_total_is_the_weighted_sum():
     generator = torch.Generator().manual_seed(0)
-    embeddings = Embeddings(torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator))
+    embeddings = Embeddings(
+        torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    )
     logits, labels = torch.randn(2, 3, generator=generator), torch.tensor([1, 1])
     criterion = GraFTLoss(3, 4)
     terms = criterion(embeddings, logits, labels)
-    torch.testing.assert_close(terms["loss"], 0.5 * terms["triplet"] + 0.5 * F.cross_entropy(logits, labels))
+    torch.testing.assert_close(
+        terms["loss"], 0.5 * terms["triplet"] + 0.5 * F.cross_entropy(logits, labels)
+    )
     assert not criterion.center.centers.requires_grad and terms["center"] == 0
     criterion.weights(alpha=1.0, beta=0.1, gamma=2.0, label_smoothing=0.1)
     terms = criterion(embeddings, logits, labels)
     torch.testing.assert_close(terms["center"], embeddings.fusion[:2].square().sum(1).mean())
-    torch.testing.assert_close(terms["cross_entropy"], F.cross_entropy(logits, labels, label_smoothing=0.1))
-    torch.testing.assert_close(terms["loss"], terms["triplet"] + 0.1 * terms["center"] + 2 * terms["cross_entropy"])
+    torch.testing.assert_close(
+        terms["cross_entropy"], F.cross_entropy(logits, labels, label_smoothing=0.1)
+    )
+    torch.testing.assert_close(
+        terms["loss"], terms["triplet"] + 0.1 * terms["center"] + 2 * terms["cross_entropy"]
+    )
     assert criterion.center.centers.requires_grad
 
 
@@ -82,10 +102,16 @@ def test_unknown_scheme():
 @pytest.mark.parametrize("squared", [True, False])
 def test_hardest_triplets_by_brute_force(squared):
     torch.manual_seed(0)
-    features, labels = torch.randn(9, 4, requires_grad=True), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])  # 3 has no positive
+    features, labels = (
+        torch.randn(9, 4, requires_grad=True),
+        torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3]),
+    )  # 3 has no positive
     expected = []
     for i in range(8):
-        distance = [((features[i] - f).square().sum() if squared else (features[i] - f).norm()) for f in features]
+        distance = [
+            ((features[i] - f).square().sum() if squared else (features[i] - f).norm())
+            for f in features
+        ]
         positive = max(d for j, d in enumerate(distance) if labels[j] == labels[i] and j != i)
         negative = min(d for j, d in enumerate(distance) if labels[j] != labels[i])
         expected.append(torch.log(1 + torch.exp(positive - negative)))
