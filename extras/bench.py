@@ -1,23 +1,20 @@
-"""Time this code beside its peers, in the same run and in turns, and print how many times as fast it is.
+"""Time this code beside its fastest public peers: in turns, in one run, on the same weights.
 
-python -m extras.bench                            the core rows, some minutes
-python -m extras.bench --rows step1,step2         some of them
-python -m extras.bench --full --plot growth.png   all of them, and how cost grows with batch, modalities, tokens, gallery and ranks
+python -m extras.bench                          some minutes; --json FILE keeps the figures
+python -m extras.bench --rows step,rank         some of the rows
+python -m extras.bench --gpu                    the GPU's rows, under 8 minutes
 
-A ratio is the peer's median time by ours. Bare times say little on a shared machine: they are shown, and judged only where
-no peer is. Where less than what was asked is reached, the machine's own rate of matrix products says how much could be.
+A ratio is the peer's median time by ours: bare times say little on a shared machine. A row whose
+two sides give different figures ends the program, as they would not have done the same work.
 """
 
 import argparse
-import json
 import os
 import platform
 import re
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,76 +26,98 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import data
 import evaluate
 import prune
 import runtime
 import train
-from extras import pictures
 from losses import GraFTLoss, triplet_soft_margin
 from model import BACKBONES, GraFT, GraFTConfig, ViT
 from runtime import UserError
+
+SMALL = {"image_size": (64, 128), **BACKBONES["small"]}  # the synthetic set's model
+PAPER = train.parse(["--dataset", "rgbnt100"])
+MODALITIES = ("rgb", "nir", "tir")
+HALF = dict.fromkeys(MODALITIES, (0.5, 0.5, 0.5))  # mean and std of made-up images
+
+Side = Callable[[], float | None]  # one turn; a figure it returns has to be the other side's, too
+
+
+class Row(NamedTuple):
+    """`sides` are ours and the peer's."""
+
+    what: str
+    peer: str
+    sides: tuple[Side, Side]
+
 
 # --- peers, of public parts
 
 
 def timm_vit(image_size: tuple[int, int], dim: int, depth: int, heads: int) -> nn.Module:
-    """timm's way of a distilled ViT; with DeiT-B's sizes it is its deit_base_distilled_patch16_224."""
+    """timm's distilled ViT; with DeiT-B's sizes it is its deit_base_distilled_patch16_224."""
     try:
         from timm.models.deit import VisionTransformerDistilled
     except ImportError:
         raise UserError(
-            "timm is not installed, and is what this row compares with: pip install -r requirements-dev.txt"
+            "timm, which this row compares with, is not installed: pip install timm"
         ) from None
-    return VisionTransformerDistilled(image_size, 16, embed_dim=dim, depth=depth, num_heads=heads, num_classes=0)
+    sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads}
+    return VisionTransformerDistilled(image_size, 16, **sizes, num_classes=0)
 
 
 class PublishedStep(nn.Module):
-    """The published code's way of a training step: fp32, a pass of its own for each role and each modality.
+    """The published code's training step: fp32, a pass of its own for each role and modality.
 
-    Called like train.TrainingStep. Parameters are named as in GraFT, whose weights it copies.
+    Called like train.Objective. Parameters are named as in GraFT, whose weights it copies.
     """
 
     def __init__(self, model: GraFT, stage: train.Stage):
         super().__init__()
         config, self.stage = model.config, stage
-        layer = partial(nn.TransformerEncoderLayer, config.dim, config.encoder_heads, config.encoder_hidden, batch_first=True)
+        sizes = (config.dim, config.encoder_heads, config.encoder_hidden)
+        layer = partial(nn.TransformerEncoderLayer, *sizes, batch_first=True)
         self.backbone = timm_vit(config.image_size, config.dim, config.depth, config.heads)
         self.encoders = nn.ModuleDict({modality: layer() for modality in config.modalities})
         self.fusion_token = nn.Parameter(torch.empty_like(model.fusion_token))
         self.bottleneck = nn.BatchNorm1d(config.dim)
         self.classifier = nn.Linear(config.dim, config.num_ids, bias=False)
-        self.register_buffer("centers", torch.zeros(config.num_ids, config.dim), persistent=False)
+        centers = torch.zeros(config.num_ids, config.dim)
+        self.register_buffer("centers", centers, persistent=False)
         self.load_state_dict(model.state_dict())
         self.backbone.requires_grad_(not stage.frozen)
         self.bottleneck.bias.requires_grad_(False)
 
     def embed(self, images: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """One role's images {modality: (B, 3, H, W)} -> its fusion and data tokens, both (B, D)."""
-        fusion, data = [], []
+        """One role's images {modality: (B, 3, H, W)} -> its fusion and data tokens, (B, D)."""
+        fusion, sampled = [], []
         for modality, image in images.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stage.frozen):
                 tokens = self.backbone.forward_features(image)  # (B, N, D)
-            encoded = self.encoders[modality](torch.cat([self.fusion_token.expand(len(tokens), -1, -1), tokens], 1))
+            fusion_token = self.fusion_token.expand(len(tokens), -1, -1)
+            encoded = self.encoders[modality](torch.cat([fusion_token, tokens], 1))
             fusion.append(encoded[:, 0])
-            data.append(encoded[:, 1])
-        return torch.stack(fusion).mean(0), torch.stack(data).mean(0)
+            sampled.append(encoded[:, 1])
+        return torch.stack(fusion).mean(0), torch.stack(sampled).mean(0)
 
     def forward(self, images: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        roles = [{modality: image.chunk(3)[role] for modality, image in images.items()} for role in range(3)]
+        roles = [
+            {name: image.chunk(3)[role] for name, image in images.items()} for role in range(3)
+        ]
         (anchor, _), (positive, _), (_, negative) = (self.embed(role) for role in roles)  # FFD
         logits = self.classifier(self.bottleneck(anchor))
-        entropy = F.cross_entropy(logits, labels, label_smoothing=self.stage.label_smoothing)
-        loss = 0.5 * triplet_soft_margin(anchor, positive, negative) + 0.5 * entropy
+        smoothing = self.stage.label_smoothing
+        loss = 0.5 * F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        loss = loss + 0.5 * triplet_soft_margin(anchor, positive, negative)
         if self.stage.beta:
-            loss = loss + self.stage.beta * (anchor - self.centers[labels]).square().sum(1).mean()
+            distance = (anchor - self.centers[labels]).square().sum(1)
+            loss = loss + self.stage.beta * distance.mean()
         return {"loss": loss}
 
 
 class PublishedReader(torch.utils.data.Dataset):
-    """The published code's way of reading: a sample's file is opened, cropped and resized by Pillow once for each modality."""
+    """The published code's reading: Pillow opens, crops and resizes once for each modality."""
 
     def __init__(self, split: data.Split):
         self.split = split
@@ -108,460 +127,294 @@ class PublishedReader(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[dict[str, Tensor], int, int]:
         sample, images = self.split.samples[i], {}
+        size = self.split.image_size[::-1]
         for modality, (path, tile) in sample.images.items():
             image = Image.open(path).convert("RGB")
             width = 2 * image.height
             image = image.crop((width * tile, 0, width * (tile + 1), image.height))
-            image = image.resize(self.split.image_size[::-1], Image.Resampling.BICUBIC)
+            image = image.resize(size, Image.Resampling.BICUBIC)
             images[modality] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return images, sample.pid, sample.key
 
 
-def loop_mean_ap(query: Tensor, gallery: Tensor, pids: tuple, keys: tuple, max_rank: int = 50) -> float:
-    """The popular ReID baselines' way of ranking: all distances, a full argsort, then Python over the queries; mAP."""
-    query, gallery = F.normalize(query), F.normalize(gallery)
-    squares = query.square().sum(1, keepdim=True) + gallery.square().sum(1)
-    distances = squares.addmm(query, gallery.T, alpha=-2).numpy()
+def published_evaluation(query: Tensor, gallery: Tensor, pids: tuple, keys: tuple) -> float:
+    """The ranking of the published GraFT's evaluation, as fast as its form allows: its mAP."""
+    query, gallery = F.normalize(query).numpy(), F.normalize(gallery).numpy()
+    indices = np.argsort(1 - query @ gallery.T, axis=1)
     (q_pids, g_pids), (q_keys, g_keys) = ([ids.numpy() for ids in pair] for pair in (pids, keys))
-    order = np.argsort(distances, axis=1)
-    matches = (g_pids[order] == q_pids[:, None]).astype(np.int32)
-    curves, precisions = [], []
-    for i, ranking in enumerate(order):
-        keep = ~((g_pids[ranking] == q_pids[i]) & (g_keys[ranking] == q_keys[i]))
-        hits = matches[i][keep]
-        if not hits.any():
-            continue
-        found = hits.cumsum()
-        curves.append(np.minimum(found, 1)[:max_rank])
-        precision = np.asarray([count / (rank + 1.0) for rank, count in enumerate(found)])
-        precisions.append((precision * hits).sum() / hits.sum())
-    np.asarray(curves).mean(0)  # CMC, which they compute as well
+    matches = g_pids[indices] == q_pids[:, None]
+    precisions, cmc = [], np.zeros(50)
+    for i in range(len(query)):
+        keep = ~(matches[i] & (g_keys[indices[i]] == q_keys[i]))
+        found = matches[i][keep]
+        if found.any():
+            hits, positions = found.cumsum(), np.flatnonzero(found)
+            precisions.append((hits[positions] / (positions + 1)).mean())
+            cmc += hits[:50] > 0  # CMC, which it computes as well
     return float(np.mean(precisions))
 
 
-# --- rows: `sides` makes our sides, one for each line, and the peer's: calls that may return a figure, which has to be the same
-
-Side = Callable[[], float | None]
-SMALL = {"image_size": (64, 128), **BACKBONES["small"]}  # the embedded data set's model
-VITS = {  # image size, width, depth, heads; images in a batch
-    "base": (((224, 224), 768, 12, 12), 6),
-    "small": (((64, 128), 192, 6, 3), 96),
-}
+# --- rows
 
 
-class Line(NamedTuple):
-    what: str
-    asked: float  # the least ratio; without a peer the most seconds, or GB
-    precision: str = ""  # of our side's matrix products, if these are what takes the time
+def step_rows(device: torch.device, triplets: int = 2) -> Iterator[Row]:
+    """A training step of DeiT-B at 224x224 on three modalities: images in, weights changed."""
+    for stage in PAPER.stages:
+        model, config = GraFT(GraFTConfig()), GraFTConfig()
+        published = PublishedStep(model, stage).to(device)
+        trained = [p for p in published.parameters() if p.requires_grad]
+        decay = stage.weight_decay
+        optimizer = torch.optim.AdamW(trained, stage.lr, stage.betas, weight_decay=decay)
+        peer = on_triplets(published, optimizer, config, triplets, device)
+        for precision in ("bf16", "fp32"):
+            ours = our_step(model, stage, triplets, device, precision)
+            what = f"training step, stage {stage.number}, {precision}"
+            yield Row(what, "the published code's way, fp32", (ours, peer))
 
 
-class Row(NamedTuple):
-    lines: tuple[Line, ...]
-    sides: Callable[[torch.device], list[Side]]
-    peer_once: bool = False  # too slow for more than one turn
-    full: bool = False  # with --full only
-
-
-def our_step(model: GraFT, stage: train.Stage, precision: str, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """train.py's step and optimizer for a model in that stage."""
-    model.to(device).freeze_backbone(stage.frozen)
+def our_step(model: GraFT, stage: train.Stage, triplets: int, device, precision="auto") -> Side:
+    """train.py's step for a model in a stage."""
+    model.freeze_backbone(stage.frozen)
+    embedder = evaluate.Embedder(model, HALF, HALF, device, precision)
     criterion = GraFTLoss(model.config.num_ids, model.width).to(device)
     criterion.weights(0.5, stage.beta, 0.5, stage.label_smoothing)
-    step = train.on_all_ranks(train.TrainingStep(model, criterion, device, precision))
-    return step, train.make_optimizer(model, criterion, stage, 1e-3)
+    objective = train.Objective(embedder, criterion)
+    optimizer = train.make_optimizer(objective, stage, center_lr=1e-3)
+    return on_triplets(objective, optimizer, model.config, triplets, device)
 
 
-def on_triplets(step: nn.Module, optimizer: torch.optim.Optimizer, config: GraFTConfig, triplets: int, device) -> Side:
+def on_triplets(step: nn.Module, optimizer, config: GraFTConfig, triplets: int, device) -> Side:
     """A whole training step on random images: forward, losses, backward, optimizer."""
-    images = {modality: torch.randn(3 * triplets, 3, *config.image_size, device=device) for modality in config.modalities}
+    size = (3 * triplets, 3, *config.image_size)
+    images = {modality: torch.randn(size, device=device) for modality in config.modalities}
     labels = torch.randint(config.num_ids, (triplets,), device=device)
 
-    def run() -> None:
+    def turn() -> None:
         step(images, labels)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return run
+    return turn
 
 
-def step_sides(number: int, device: torch.device, triplets: int = 2, precisions=("bf16", "fp32")) -> list[Side]:
-    """A training step of DeiT-B at 224x224 on 3 modalities, in stage `number`; the peer's is in fp32."""
-    stage, config = train.PAPER.stages[number - 1], GraFTConfig()
-    model = GraFT(config)
-    peer = PublishedStep(model, stage).to(device)
-    trained = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, stage.lr, stage.betas, weight_decay=stage.weight_decay)
-    steps = [our_step(model, stage, precision, device) for precision in precisions] + [(peer, optimizer)]
-    return [on_triplets(*step, config, triplets, device) for step in steps]
+def vit_rows(device: torch.device) -> Iterator[Row]:
+    """All tokens of a ViT, as in testing and with the backward pass; both in one precision."""
+    sizes = {
+        "DeiT-B, 224x224": (((224, 224), 768, 12, 12), 6),
+        "small, 64x128": (((64, 128), 192, 6, 3), 96),
+    }
+    for name, ((image_size, dim, depth, heads), batch) in sizes.items():
+        ours = ViT(image_size, 16, dim, depth, heads).to(device)
+        peer = timm_vit(image_size, dim, depth, heads).to(device)
+        peer.load_state_dict(ours.state_dict())
+        images = torch.randn(batch, 3, *image_size, device=device)
+        for training in (False, True):
+            for precision in ("bf16", "fp32"):
+                turn = partial(vit_turn, images, training, precision)
+                sides = partial(turn, ours), partial(turn, peer, peer.forward_features)
+                what = f"ViT {name}, forward{' and backward' if training else ''}, {precision}"
+                yield Row(what, f"timm, {precision}", sides)
 
 
-def vit_sides(name: str, training: bool, precision: str, device: torch.device) -> list[Side]:
-    """All tokens of a ViT, as in testing or with the backward pass; both sides in the same precision, on the same weights."""
-    (image_size, dim, depth, heads), batch = VITS[name]
-    ours = ViT(image_size, 16, dim, depth, heads).to(device)
-    peer = timm_vit(image_size, dim, depth, heads).to(device)
-    peer.load_state_dict(ours.state_dict())
-    images = torch.randn(batch, 3, *image_size, device=device)
-    gradient = torch.randn(batch, ours.pos_embed.shape[1], dim, device=device)
-
-    def run(vit: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-        with torch.set_grad_enabled(training), runtime.autocast(device, precision):
-            tokens = forward(images)
-        if training:
-            tokens.float().backward(gradient)
-            vit.zero_grad()
-
-    return [partial(run, ours.train(training), ours), partial(run, peer.train(training), peer.forward_features)]
+def vit_turn(images: Tensor, training: bool, precision: str, vit: nn.Module, forward=None) -> None:
+    vit.train(training)
+    with torch.set_grad_enabled(training), runtime.autocast(images.device, precision):
+        tokens = (forward or vit)(images)
+    if training:
+        tokens.float().sum().backward()
+        vit.zero_grad()
 
 
-def pruned_sides(device: torch.device) -> list[Side]:
-    """The embedded model with half of its prunable weights, as whole heads and channels, against all of it."""
-    model = GraFT(GraFTConfig(**SMALL)).to(device).eval()
-    smaller = prune.shrink(model, prune.prunable(model) // 2).eval()
-    images = dict.fromkeys(model.config.modalities, torch.randn(evaluate.BATCH_SIZE, 3, 64, 128, device=device))
+def rank_rows(device: torch.device) -> Iterator[Row]:
+    """mAP of noisy features of width 768: RGBNT100's size and Market-1501's; on the CPU."""
+    for sizes in ((1715, 8575, 50, 8), (3368, 19732, 750, 6)):
+        query, gallery, pids, keys = features(*sizes)
+        ours = partial(our_ranking, query, gallery, pids, keys)
+        peer = partial(published_evaluation, query, gallery, pids, keys)
+        what = f"ranking {sizes[0]:,} queries, {sizes[1]:,} gallery samples"
+        yield Row(what, "the published GraFT's evaluation (NumPy)", (ours, peer))
 
-    def run(side: nn.Module) -> None:
-        with torch.no_grad(), runtime.autocast(device, "auto"):
-            side(images)
 
-    return [partial(run, smaller), partial(run, model)]
+def our_ranking(query: Tensor, gallery: Tensor, pids: tuple, keys: tuple) -> float:
+    return evaluate.rank_metrics(query, gallery, *pids, *keys).mAP
+
+
+def features(num_query: int, num_gallery: int, num_ids: int, num_keys: int, width=768) -> tuple:
+    """Noisy features of query and gallery, their pids and their keys."""
+    centers = torch.randn(num_ids, width)
+    counts = (num_query, num_gallery)
+    pids, keys = (
+        tuple(torch.randint(high, (count,)) for count in counts) for high in (num_ids, num_keys)
+    )
+    query, gallery = (centers[ids] + 4 * torch.randn(len(ids), width) for ids in pids)
+    return query, gallery, pids, keys
 
 
 def mosaics(count: int, folder: str) -> data.Split:
     """Samples as RGBNT100's: smooth random mosaics of 3 tiles of 256x128, to be read at 224x224."""
-    modalities, samples = ("rgb", "nir", "tir"), []
-    for i, pixels in enumerate(torch.randint(256, (count, 16, 96, 3), dtype=torch.uint8).numpy()):
+    samples = []
+    noise = torch.randint(256, (count, 16, 96, 3), dtype=torch.uint8).numpy()
+    for i, pixels in enumerate(noise):
         path = Path(folder) / f"{i:04d}_c0001_000.jpg"
         Image.fromarray(pixels).resize((768, 128), Image.Resampling.BICUBIC).save(path, quality=90)
-        samples.append(data.Sample(path.stem, i, 0, {modality: (path, tile) for tile, modality in enumerate(modalities)}))
-    return data.Split(samples, modalities, (224, 224))
+        tiles = {modality: (path, tile) for tile, modality in enumerate(MODALITIES)}
+        samples.append(data.Sample(path.stem, i, 0, tiles))
+    return data.Split(samples, MODALITIES, (224, 224))
 
 
-def read(reader: torch.utils.data.Dataset) -> torch.utils.data.DataLoader:
-    """Batches by one worker."""
-    return torch.utils.data.DataLoader(reader, evaluate.BATCH_SIZE, collate_fn=data.collate, num_workers=1)
+def reading_rows(_: torch.device, count: int = 256) -> Iterator[Row]:
+    """From mosaics to batches by one process; the figure is the mean pixel."""
+    with tempfile.TemporaryDirectory() as folder:
+        split = mosaics(count, folder)
+
+        def turn(reader: torch.utils.data.Dataset) -> float:
+            options = {"collate_fn": data.collate, "num_workers": 1}
+            loader = torch.utils.data.DataLoader(reader, evaluate.BATCH_SIZE, **options)
+            total = sum(x.sum().item() for images, _, _ in loader for x in images.values())
+            return total / (count * 3 * 3 * 224**2 * 255)
+
+        sides = partial(turn, split), partial(turn, PublishedReader(split))
+        yield Row(f"reading {count} mosaics, one process", "Pillow, once a modality", sides)
 
 
-def reading_sides(_: torch.device, count: int = 256) -> list[Side]:
-    """From mosaics to batches; the figure is the mean pixel."""
-    folder = tempfile.TemporaryDirectory()
-    split = mosaics(count, folder.name)
-
-    def run(reader: torch.utils.data.Dataset, _=folder) -> float:
-        total = sum(image.sum().item() for images, _, _ in read(reader) for image in images.values())
-        return total / (count * 3 * 3 * 224**2 * 255)
-
-    return [partial(run, split), partial(run, PublishedReader(split))]
-
-
-def gallery_sides(device: torch.device, count: int = 12) -> list[Side]:
+def gallery_rows(device: torch.device, count: int = 12) -> Iterator[Row]:
     """From mosaics to embeddings by DeiT-B."""
-    folder = tempfile.TemporaryDirectory()
-    samples = mosaics(count, folder.name)
-    mean, std = ({modality: (0.5,) * 3 for modality in samples.modalities} for _ in range(2))
-    model = GraFT(GraFTConfig()).to(device).eval()
-    peer = PublishedStep(model, train.PAPER.stages[0]).to(device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        made = mosaics(count, folder)
+        model = GraFT(GraFTConfig())
+        embedder = evaluate.Embedder(model, HALF, HALF, device, workers=1)
+        peer = PublishedStep(model, PAPER.stages[0]).to(device).eval()
 
-    def ours(_=folder) -> None:
-        split = data.Split(samples.samples, samples.modalities, samples.image_size)  # nothing in memory yet
-        evaluate.embed(model, split, mean, std, device, workers=1)
+        def ours() -> None:
+            fresh = data.Split(made.samples, made.modalities, made.image_size)  # nothing decoded
+            embedder.embed(fresh)
 
-    @torch.no_grad()
-    def peers() -> None:
-        for images, _, _ in read(PublishedReader(samples)):
-            peer.embed(data.normalise({modality: image.to(device) for modality, image in images.items()}, mean, std))
+        @torch.no_grad()
+        def theirs() -> None:
+            options = {"collate_fn": data.collate, "num_workers": 1}
+            loader = torch.utils.data.DataLoader(
+                PublishedReader(made), evaluate.BATCH_SIZE, **options
+            )
+            for images, _, _ in loader:
+                peer.embed(embedder.normalise(embedder.to_device(images)))
 
-    return [ours, peers]
-
-
-def rank_sides(num_query: int, num_gallery: int, num_ids: int, num_keys: int, _: torch.device) -> list[Side]:
-    """mAP of noisy features of width 768: on the CPU, where embeddings are ranked."""
-    query, gallery, pids, keys = features(num_query, num_gallery, num_ids, num_keys)
-    return [lambda: evaluate.rank_metrics(query, gallery, *pids, *keys).mAP, lambda: loop_mean_ap(query, gallery, pids, keys)]
-
-
-def features(num_query: int, num_gallery: int, num_ids: int, num_keys: int, width: int = 768) -> tuple:
-    """Query and gallery, noisy; pids; keys. Made part by part, so that nothing else is large."""
-    centers = torch.randn(num_ids, width)
-    pids, keys = (tuple(torch.randint(high, (n,)) for n in (num_query, num_gallery)) for high in (num_ids, num_keys))
-    made = [torch.empty(len(ids), width) for ids in pids]
-    for part, ids in zip(made, pids, strict=True):
-        for rows in torch.arange(len(ids)).split(10_000):
-            part[rows] = centers[ids[rows]] + 4 * torch.randn(len(rows), width)
-    return *made, pids, keys
+        what = f"embedding {count} samples by DeiT-B, files to features"
+        yield Row(what, "the published code's way, fp32", (ours, theirs))
 
 
-def triplet_list(_: torch.device) -> list[Side]:
-    pids = np.repeat(np.arange(150), 168)  # RGBN300's 25,200
-    return [lambda: data.make_triplets(pids, 8, np.random.default_rng(0)) is None]
+def pruned_rows(device: torch.device) -> Iterator[Row]:
+    """Embedding with half of the prunable weights, as whole heads and channels, against all."""
+    model = GraFT(GraFTConfig(**SMALL)).to(device).eval()
+    smaller = prune.shrink(model, prune.prunable(model) // 2).eval()
+    images = torch.randn(evaluate.BATCH_SIZE, 3, 64, 128, device=device)
+    images = dict.fromkeys(MODALITIES, images)
 
+    def turn(side: nn.Module) -> None:
+        with torch.no_grad(), runtime.autocast(device, "auto"):
+            side(images)
 
-def file_index(_: torch.device) -> list[Side]:
-    """A tree of RGBNT100's counts and names, of empty files."""
-    folder = tempfile.TemporaryDirectory()
-    for name, count in zip(("bounding_box_train", "query", "bounding_box_test"), data.DATASETS["rgbnt100"].counts, strict=True):
-        part = Path(folder.name) / "rgbir" / name
-        part.mkdir(parents=True)
-        for i in range(count):
-            (part / f"{i % 50:04d}_c{i // 50 % 8 + 1:04d}_{i // 400:03d}.jpg").touch()
-
-    def run(_=folder) -> None:
-        data.load_dataset("rgbnt100", folder.name)
-
-    return [run]
-
-
-def one(what: str, asked: float, sides, precision: str = "", **options) -> Row:
-    return Row((Line(what, asked, precision),), sides, **options)
-
-
-def rank_row(what: str, *sizes: int, **options) -> Row:
-    return one(f"ranking, {what}", 4.0, partial(rank_sides, *sizes), peer_once=True, **options)
-
-
-def step_row(number: int, bf16: float, fp32: float) -> Row:
-    what = f"training step, stage {number}"
-    lines = Line(f"{what}: bf16 by fp32", bf16, "bf16"), Line(f"{what}: both fp32", fp32, "fp32")
-    return Row(lines, partial(step_sides, number))
-
-
-def vit_row(name: str, training: bool, precision: str, asked: float) -> Row:
-    what = f"ViT {name}, forward{' and backward' if training else ''}: both {precision}"
-    return one(what, asked, partial(vit_sides, name, training, precision), precision)
+    sides = partial(turn, smaller), partial(turn, model)
+    yield Row("embedding by half of the small model", "all of it", sides)
 
 
 ROWS = {
-    "step1": step_row(1, 3.5, 1.08),
-    "step2": step_row(2, 3.0, 0.97),
-    "base-forward": vit_row("base", False, "bf16", 0.97),
-    "base-training": vit_row("base", True, "bf16", 0.97),
-    "base-forward-fp32": vit_row("base", False, "fp32", 0.97),
-    "base-training-fp32": vit_row("base", True, "fp32", 0.97),
-    "small-forward": vit_row("small", False, "bf16", 1.0),
-    "small-training": vit_row("small", True, "bf16", 1.0),
-    "small-forward-fp32": vit_row("small", False, "fp32", 1.0),
-    "small-training-fp32": vit_row("small", True, "fp32", 1.0),
-    "gallery": one("embedding a gallery, files to features: bf16 by fp32", 3.3, gallery_sides, "bf16"),
-    "pruned": one("embedding: half the weights by all", 1.5, pruned_sides),
-    "reading": one("reading mosaics, one worker", 1.5, reading_sides),
-    "rank-rgbnt100": rank_row("1,715 by 8,575", 1715, 8575, 50, 8),
-    "rank-market": rank_row("a quarter of 3,368 by 19,732", 842, 19732, 750, 6),
-    "rank-market-full": rank_row("3,368 by 19,732", 3368, 19732, 750, 6, full=True),
-    "triplets": one("triplet list of 25,200 images, seconds", 0.3, triplet_list),
-    "index": one("finding RGBNT100's 18,965 samples, seconds", 1.0, file_index),
+    "step": step_rows,
+    "vit": vit_rows,
+    "rank": rank_rows,
+    "reading": reading_rows,
+    "gallery": gallery_rows,
+    "pruned": pruned_rows,
 }
 
 
 # --- measuring
 
 
-def timed(side: Side, device: torch.device) -> tuple[float, float | None]:
-    start = time.perf_counter()
+def seconds_of(side: Side, device: torch.device) -> tuple[float, float | None]:
+    began = time.perf_counter()
     figure = side()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, figure
+    return time.perf_counter() - began, figure
 
 
-def measure(row: Row, device: torch.device, repeats: int) -> tuple[list[float], list[int]]:
-    """Median seconds of each side, and the operations of its matrix products.
-
-    The sides take turns. The first turn is a warm-up, but a call of more than 2 s counts; quick rows take more turns, those
-    of more than a minute two. Raises RuntimeError where the sides' figures differ: they would not have done the same work.
-    """
-    sides, seconds, operations, figures = row.sides(device), [], [], []
-    for side in sides:
-        with FlopCounterMode(display=False) as counter:
-            spent, figure = timed(side, device)
-        seconds.append([spent] if spent > 2 else [])
-        operations.append(counter.get_total_flops())
-        figures.append(figure)
-    seconds[-1] = seconds[-1] or [spent] * row.peer_once
-    turning = list(zip(sides, seconds, strict=True))[: len(row.lines) if row.peer_once else None]
-    while True:
-        turns, total = min(len(mine) for _, mine in turning), sum(map(sum, seconds))
-        if (turns >= 2 and total > 60) or (turns >= repeats and (sum(seconds[0]) > 1 or turns >= 10 * repeats)):
-            break
-        for side, mine in turning:
-            mine.append(timed(side, device)[0])
-    if None not in figures and max(figures) - min(figures) > 1e-4:
-        raise RuntimeError(f"{row.lines[0].what}: the sides give {figures}")
-    return [median(spent) for spent in seconds], operations
+def measure(row: Row, device: torch.device, turns: int) -> tuple[float, float]:
+    """Median seconds of both sides, which take turns after a warm-up."""
+    figures = [seconds_of(side, device)[1] for side in row.sides]
+    if None not in figures and abs(figures[0] - figures[1]) > 1e-4:
+        raise RuntimeError(f"{row.what}: the sides give {figures}")
+    spent: tuple[list, list] = ([], [])
+    while len(spent[0]) < turns or (sum(spent[0]) < 1 and len(spent[0]) < 10 * turns):
+        for side, own in zip(row.sides, spent, strict=True):
+            own.append(seconds_of(side, device)[0])
+    return median(spent[0]), median(spent[1])
 
 
 def matrix_rate(precision: str, device: torch.device) -> float:
-    """Operations a second of torch's own matrix product, the best in two seconds: of a DeiT-B step's sizes; on GPUs larger."""
+    """Operations a second of torch's own matrix product, the best in two seconds."""
     M, K, N = (3564, 768, 3072) if device.type == "cpu" else (8192, 8192, 8192)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    x, weight = torch.randn(M, K, device=device, dtype=dtype), torch.randn(N, K, device=device, dtype=dtype)
-    spent = [timed(lambda: F.linear(x, weight), device)[0]]
-    while sum(spent) < 2:
-        spent.append(timed(lambda: F.linear(x, weight), device)[0])
-    return 2 * M * K * N / min(spent)
+    x = torch.randn(M, K, device=device, dtype=dtype)
+    weight = torch.randn(N, K, device=device, dtype=dtype)
+    spent = []
+    while len(spent) < 2 or sum(spent) < 2:
+        spent.append(seconds_of(lambda: F.linear(x, weight), device)[0])
+    return 2 * M * K * N / min(spent[1:])
 
 
 def machine(device: torch.device) -> str:
     """CPU and number of cores, and the GPU if that is what computes."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    cpu = f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.findall(r"model name\s*: (.*)", text)
+    cpu = found[0] if found else platform.processor() or platform.machine()
+    cpu += f", {os.cpu_count()} cores"
     return f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu
 
 
-class Report:
-    """The table on the screen, and the same in a file, anew after each line."""
-
-    def __init__(self, facts: dict, path: Path | None):
-        self.content, self.path = {**facts, "rows": []}, path
-        print(f"{'what':<54}{'ours':>10}{'peer':>10}{'reached':>9}{'asked':>16}", flush=True)
-
-    def add(self, what: str, reached: float, asked: float, times=(), most=False, limit: float | None = None, note="") -> None:
-        """A line: `asked` is the least that is to be reached, or the `most`; `times` are our seconds and the peer's."""
-        missed = reached > asked if most else reached < asked
-        verdict = ("  missed" + (f": matrix products alone allow {limit:.2f}" if limit else "")) if missed else ""
-        shown = "".join(f"{seconds:>8.3f} s" for seconds in times) or " " * 20
-        print(f"{what:<54}{shown}{reached:>9.2f}{'at most ' if most else '':>10}{asked:>6.2f}{verdict}{note}", flush=True)
-        row = {"what": what, "reached": reached, "asked": asked, "most": most, "seconds": times, "limit": limit}
-        self.write(rows=[*self.content["rows"], row])
-
-    def write(self, **values) -> None:
-        self.content |= values
-        if self.path:
-            runtime.write_json(self.path, self.content)
+# --- the GPU's rows
 
 
-# --- what has no peer
-
-
-def default_run(report: Report, folder: Path) -> None:
-    """Wall time of the embedded data set's default run, from its own log."""
-    log = folder / "log.jsonl"
-    if not log.is_file():
-        return print(f"the default run's time: no {log}; python train.py writes it")
-    last = json.loads(log.read_text().splitlines()[-1])
-    if last["event"] == "test":
-        report.add(f"the default run, seconds ({folder})", last["seconds"], 300, most=True)
-
-
-def some_seconds(side: Side, device: torch.device) -> float:
-    """Median of at least three calls and a second, after a warm-up."""
-    timed(side, device)
-    spent: list[float] = []
-    while len(spent) < 3 or sum(spent) < 1:
-        spent.append(timed(side, device)[0])
-    return median(spent)
-
-
-def small_step(device: torch.device, number=2, triplets=8, modalities=3, image_size=(64, 128)) -> Side:
-    """A training step of the embedded data set's model, as train.py takes it in stage `number`."""
-    config = GraFTConfig(tuple(f"m{i}" for i in range(modalities)), **{**SMALL, "image_size": image_size})
-    return on_triplets(*our_step(GraFT(config), train.EMBEDDED.stages[number - 1], "auto", device), config, triplets, device)
-
-
-def memory(field: str) -> float:
-    """GB of this process: resident now ("VmRSS") or at most ("VmHWM"). Linux counts so."""
-    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
-
-
-def large_ranking(report: Report, device: torch.device, num_query: int = 3000, num_gallery: int = 500_000) -> dict[str, dict]:
-    """Seconds over the size of the gallery, for a tenth of the queries; of the largest with all of them the memory, too."""
-    query, gallery, pids, keys = features(num_query, num_gallery, 5000, 6)
-
-    def rank(queries: int, samples: int) -> None:
-        ids = (part[:n] for pair in (pids, keys) for part, n in zip(pair, (queries, samples), strict=True))
-        evaluate.rank_metrics(query[:queries], gallery[:samples], *ids)
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
-    before = memory("VmRSS")
-    seconds, _ = timed(partial(rank, num_query, num_gallery), device)
-    what = f"ranking {num_query:,} by {num_gallery:,}, GB over the features"
-    report.add(what, memory("VmHWM") - before, 1.0, most=True, note=f"  ({seconds:.0f} s)")
-    few, samples = num_query // 10, [num_gallery // n for n in (100, 50, 20, 10, 5, 2, 1)]
-    return {f"ranking {few} queries over gallery samples": {n: timed(partial(rank, few, n), device)[0] for n in samples}}
-
-
-def growth(device: torch.device) -> dict[str, dict]:
-    """Seconds of a training step over what makes it dear."""
-    sizes = ((32, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
-    curves = {
-        "a step over its triplets": {n: small_step(device, triplets=n) for n in (2, 4, 8, 16, 32)},
-        "a step of 8 triplets over modalities": {n: small_step(device, modalities=n) for n in range(1, 7)},
-        "a step of 8 triplets over an image's tokens": {
-            H * W // 256 + 2: small_step(device, image_size=(H, W)) for H, W in sizes
-        },
-    }
-    return {name: {x: some_seconds(side, device) for x, side in sides.items()} for name, sides in curves.items()}
-
-
-def ranks(device: torch.device, triplets: int = 26) -> list[dict]:
-    """What each of the ranks of one step of `triplets` takes, stage by stage; rank 0 knows what went over the wire."""
-    result = []
-    for number in (1, 2):
-        side = small_step(device, number, triplets // runtime.world_size())
-        timed(side, device)
-        timed(side, device)  # the second step makes DistributedDataParallel's buckets anew
-        before, count = sent(), 5
-        seconds = median(timed(side, device)[0] for _ in range(count))
-        result.append({"seconds": seconds, "bytes": (sent() - before) / count / runtime.world_size()})
-    return result
-
-
-def sent() -> int:
-    """Bytes that went over the loopback interface so far. Linux counts so."""
-    return int(re.search(r"lo:\s*(\d+)", Path("/proc/net/dev").read_text())[1])
-
-
-def two_ranks(device: torch.device) -> dict:
-    """A step by two processes with half of the threads each, against one process; what each sends."""
-    threads = max(1, torch.get_num_threads() // 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "extras.bench"]
-    command += ["--device", device.type]
-    child = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(f"two ranks: {child.stderr[-2000:]}")
-    result = {"one": ranks(device), "two": json.loads(child.stdout.splitlines()[-1])}
-    for number, (one, two) in enumerate(zip(*result.values(), strict=True), 1):
-        model = GraFT(GraFTConfig(**SMALL))
-        model.freeze_backbone(train.EMBEDDED.stages[number - 1].frozen)
-        gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        print(
-            f"stage {number}, a step of 26 triplets: two ranks {two['seconds']:.3f} s, one {one['seconds']:.3f} s;"
-            f" sent by each of two {two['bytes'] / 1e6:.2f} MB, gradients {gradients / 1e6:.2f} MB"
-        )
-    return result
-
-
-# --- GPU
-
-
-def gpu(report: Report, device: torch.device, triplets: int = 26) -> None:
-    """The paper's stage-2 step: against the GPU's own rate, against the published way, and the largest batch in 48 GB."""
-    *ours, peer = step_sides(2, device, triplets, ("bf16",))
+def gpu_figures(device: torch.device, triplets: int = 26) -> Iterator[tuple[str, float, str]]:
+    """The paper's stage 2: share of the matrix rate, the published way, the largest pass."""
+    stage, model = PAPER.stages[1], GraFT(GraFTConfig())
+    ours = our_step(model, stage, triplets, device, "bf16")
     with FlopCounterMode(display=False) as counter:
-        ours[0]()
-    rate, seconds = matrix_rate("bf16", device), some_seconds(ours[0], device)
-    what = f"GPU step, stage 2, {triplets} triplets"
-    report.add(f"{what}: share of the bf16 matrix rate", counter.get_total_flops() / seconds / rate, 0.35)
-    for name, allowed, asked in (("off", False, 6.0), ("on", True, 1.6)):
+        ours()
+    rate = matrix_rate("bf16", device)
+    step = median(seconds_of(ours, device)[0] for _ in range(10))
+    yield f"stage 2, {triplets} triplets, bf16", step, "s a step"
+    yield "share of the bf16 matrix rate", counter.get_total_flops() / step / rate, ""
+    published = PublishedStep(model, stage).to(device)
+    optimizer = torch.optim.AdamW([p for p in published.parameters() if p.requires_grad])
+    peer = on_triplets(published, optimizer, model.config, triplets, device)
+    for allowed in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-        theirs = some_seconds(peer, device)
-        report.add(f"{what}: bf16 by fp32, TF32 {name}", theirs / seconds, asked, (seconds, theirs))
-    del ours, peer
+        seconds_of(peer, device)
+        theirs = median(seconds_of(peer, device)[0] for _ in range(5))
+        name = f"the published way in fp32, TF32 {'on' if allowed else 'off'}"
+        yield name, theirs / step, "times our time"
+    del ours, peer, published, optimizer
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 48e9 / torch.cuda.get_device_properties(device).total_memory))
+    yield "largest --per-pass in 48 GB, --checkpointing", largest_pass(device), "triplets"
+
+
+def largest_pass(device: torch.device) -> int:
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 48e9 / total))
     low, high = 0, 512
     while high - low > 4:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle, device) else (low, middle)
-    report.add("GPU: most triplets a step in 48 GB, checkpointing", low, 100)
+    return low
 
 
 def fits(triplets: int, device: torch.device) -> bool:
-    """Whether the GPU's memory is enough for a stage-2 step of DeiT-B."""
+    """Whether memory is enough for a stage-2 step of DeiT-B."""
     model = GraFT(GraFTConfig())
     model.backbone.checkpointing = True
     try:
-        on_triplets(*our_step(model, train.PAPER.stages[1], "bf16", device), model.config, triplets, device)()
+        our_step(model, PAPER.stages[1], triplets, device, "bf16")()
     except torch.cuda.OutOfMemoryError:
         return False
     finally:
@@ -572,71 +425,55 @@ def fits(triplets: int, device: torch.device) -> bool:
 # --- command line
 
 
+def parse() -> argparse.Namespace:
+    parser = runtime.Parser(__doc__, prog="python -m extras.bench")
+    add = parser.add_argument
+    text = f"some of {', '.join(ROWS)} (default: all)"
+    add("--rows", metavar="NAMES", type=runtime.names, default=tuple(ROWS), help=text)
+    add("--gpu", action="store_true", help="the GPU's rows alone")
+    add("--turns", type=runtime.whole(1), default=5, help="of each side, at least")
+    add("--json", type=Path, metavar="FILE", help="write the figures, anew after each row")
+    add("--seed", type=runtime.whole(0), default=0, help="of weights and inputs")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    args = parser.parse_args()
+    if unknown := [name for name in args.rows if name not in ROWS]:
+        raise UserError(f"--rows: no row {', '.join(unknown)}; expected some of {', '.join(ROWS)}")
+    return args
+
+
 @runtime.program
 def main() -> None:
-    core = [key for key, row in ROWS.items() if not row.full]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", metavar="KEY,...", help=f"some of {', '.join(ROWS)} (default: the core ones)")
-    parser.add_argument("--full", action="store_true", help="all rows, 500,000 gallery samples, growth, two ranks; on Linux")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --full: draw how cost grows (matplotlib)")
-    parser.add_argument("--run", type=Path, default="runs/synthetic", help="the default run's folder (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, anew after each row")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
-    args = parser.parse_args()
-    chosen = args.rows.split(",") if args.rows else list(ROWS) if args.full else core
-    if unknown := [key for key in chosen if key not in ROWS]:
-        raise UserError(f"--rows: no row {', '.join(unknown)}; expected some of {', '.join(ROWS)}")
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: expected at least 1")
-    if args.full and not sys.platform.startswith("linux"):
-        raise UserError(f"--full reads memory and traffic where Linux counts them, this is {sys.platform}; leave it out")
-    if args.plot:
-        if not args.full:
-            raise UserError("--plot draws what --full measures: give both")
-        pictures.need_matplotlib()
+    args = parse()
     device = runtime.start(args.device)
-    torch.manual_seed(args.seed)
-    if runtime.world_size() > 1:  # as two_ranks starts it
-        return runtime.print0(json.dumps(ranks(device)))
-    bf16 = "fast" if runtime.bf16_is_fast(device) else "emulated"
-    print("settings:", vars(args))
-    print(f"{machine(device)}; {device}, {torch.get_num_threads()} threads; torch {torch.__version__}; bf16 is {bf16} here")
+    if args.gpu and device.type != "cuda":
+        raise UserError(f"--gpu: the device is {device}; expected a CUDA GPU")
     rates = {precision: matrix_rate(precision, device) for precision in ("bf16", "fp32")}
-    print("matrix products, GFLOP/s:", "  ".join(f"{precision} {rate / 1e9:.0f}" for precision, rate in rates.items()))
-    facts = {"machine": machine(device), "device": str(device), "torch": torch.__version__, "bf16": bf16, "rates": rates}
-    report = Report(facts, args.json)
-    curves = large_ranking(report, device) if args.full else {}
-    progress = tqdm(chosen, disable=None, leave=False)
-    for key in progress:
-        progress.set_description(key)
+    report = {"machine": machine(device), "torch": torch.__version__}
+    report |= {"threads": torch.get_num_threads(), "rates": rates, "rows": []}
+    print(f"{report['machine']}; {report['threads']} threads; torch {torch.__version__}")
+    shown = "  ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
+    print(f"matrix products, GFLOP/s: {shown}")
+
+    def keep(**figures) -> None:
+        report["rows"].append(figures)
+        if args.json:
+            runtime.write_json(args.json, report)
+
+    if args.gpu:
+        for what, value, unit in gpu_figures(device):
+            print(f"{what:<52}{value:>10.3f} {unit}", flush=True)
+            keep(what=what, value=value, unit=unit)
+        return
+    print(f"{'what':<58}{'ours':>9}{'peer':>9}{'ratio':>7}  peer")
+    for name in args.rows:
         torch.manual_seed(args.seed)
-        row = ROWS[key]
-        seconds, operations = measure(row, device, args.repeats)
-        progress.clear()
-        for line, ours, count in zip(row.lines, seconds, operations, strict=False):
-            if len(seconds) == len(row.lines):  # no peer
-                report.add(line.what, ours, line.asked, most=True)
-                continue
-            limit = seconds[-1] * rates[line.precision] / count if line.precision else None
-            report.add(line.what, seconds[-1] / ours, line.asked, (ours, seconds[-1]), limit=limit)
-    if not args.rows:
-        default_run(report, args.run)
-    if device.type == "cuda":
-        gpu(report, device)
-    if args.full:
-        curves |= growth(device)
-        for name, values in curves.items():
-            print(f"{name}: " + "  ".join(f"{x:,}: {seconds:.3f} s" for x, seconds in values.items()), flush=True)
-        report.write(growth=curves, ranks=two_ranks(device))
-    if args.plot:
-        panels = []
-        for name, values in curves.items():
-            x, y = list(values), list(values.values())
-            lines = {"measured": (x, y), "in proportion": (x, [y[-1] * size / x[-1] for size in x])}
-            panels.append({"lines": lines, "xlabel": name, "ylabel": "seconds", "ylim": (0, None)})
-        pictures.chart(panels, args.plot)
+        for row in ROWS[name](device):
+            ours, peer = measure(row, device, args.turns)
+            print(
+                f"{row.what:<58}{ours:>8.3f}s{peer:>8.3f}s{peer / ours:>7.2f}  {row.peer}",
+                flush=True,
+            )
+            keep(what=row.what, peer=row.peer, ours=ours, theirs=peer, ratio=peer / ours)
 
 
 if __name__ == "__main__":
