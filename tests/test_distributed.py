@@ -225,7 +225,8 @@ class StoppedAt:
 
 
 def test_the_users_command_by_torchrun(tiny_data, tmp_path):
-    done = torchrun(2, "train.py", *tiny_arguments(tiny_data, tmp_path), "--epochs", 1, 1)
+    short = ["--epochs", 1, 1, "--epoch-steps", 2, 2]
+    done = torchrun(2, "train.py", *tiny_arguments(tiny_data, tmp_path), *short)
     assert done.returncode == 0, done.stderr
     command = ["evaluate.py", tmp_path / "last.pt", "--json", tmp_path / "two.json"]
     done = torchrun(2, *command)

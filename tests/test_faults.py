@@ -16,7 +16,7 @@ import fuzz
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, tiny_arguments, torchrun
+from conftest import ROOT, call, run, tiny_arguments, torchrun
 from PIL import Image
 
 import data
@@ -95,10 +95,11 @@ train.main()
 
 
 def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(tiny_data, tmp_path):
-    for name, code in (("whole", "import train; train.main()"), ("killed", RESTARTED)):
-        program = ["--max-restarts", 1, "--no-python", sys.executable, "-c", code]
-        done = torchrun(2, *program, *arguments(tiny_data, tmp_path / name))
-        assert done.returncode == 0, done.stderr
+    done = call(train, *arguments(tiny_data, tmp_path / "whole"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    program = ["--max-restarts", 1, "--no-python", sys.executable, "-c", RESTARTED]
+    done = torchrun(2, *program, *arguments(tiny_data, tmp_path / "killed"))
+    assert done.returncode == 0, done.stderr
     assert not faults.different(
         faults.outcome(tmp_path / "whole"), faults.outcome(tmp_path / "killed")
     )
