@@ -430,8 +430,8 @@ def main() -> None:
         )
     if args.test_token:
         model.config = replace(model.config, test_token=args.test_token)
-    facts = (checkpoint["mean"], checkpoint["std"])
-    embedder = Embedder(model, *facts, device, args.precision, args.workers)
+    normalisation = (checkpoint["mean"], checkpoint["std"])
+    embedder = Embedder(model, *normalisation, device, args.precision, args.workers)
     smallest = 1 if args.all_subsets else len(args.modalities)
     sizes = range(smallest, len(args.modalities) + 1)
     results = {}
