@@ -428,6 +428,9 @@ def main() -> None:
         raise UserError(
             f"--modalities {','.join(unknown)}: the model was trained on {','.join(trained)}"
         )
+    if args.attention and model.config.fusion != "graft":
+        fusion = model.config.fusion
+        raise UserError(f"--attention: a model with --fusion {fusion} has no fusion tokens")
     if args.test_token:
         model.config = replace(model.config, test_token=args.test_token)
     normalisation = (checkpoint["mean"], checkpoint["std"])

@@ -50,7 +50,12 @@ def program(main):
             code = 0
         except UserError as error:  # a reading process hands it over behind its own traceback
             message = str(error).rpartition("runtime.UserError: ")[2].strip()
-            print(f"error: {message}", file=sys.stderr)
+            # Before the ranks have met, a mistake in the command line is everyone's: say it once
+            if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
+                print(f"error: {message}", file=sys.stderr)
+            code = 2
+        except OSError as error:  # a name too long, a folder that cannot be read, ...
+            print(f"error: {error}", file=sys.stderr)
             code = 2
         except Stopped as stopped:
             print0(stopped, file=sys.stderr)
@@ -109,7 +114,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {str(shown).replace('%', '%%')})"
 
 
-def whole(low: int, high: float = math.inf):
+def whole(low: int, high: int = 2**63 - 1):
     """An option's type: a whole number from `low` to `high`."""
     return _number(int, "a whole number", low, high)
 
@@ -120,14 +125,16 @@ def real(low: float = -math.inf, high: float = math.inf):
 
 
 def _number(kind: type, name: str, low: float, high: float):
-    expected = f"{name} of at least {low}" if high == math.inf else f"{name} from {low} to {high}"
+    unbounded = high in (math.inf, 2**63 - 1)
+    expected = f"{name} of at least {low}" if unbounded else f"{name} from {low} to {high}"
 
     def read(text: str):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+            fits = math.isfinite(value) and low <= value <= high
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
             raise argparse.ArgumentTypeError(f"expected {expected}, not {text}")
         return value
 
@@ -425,6 +432,8 @@ def torch_seed(*key: int) -> int:
 
 def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, then rename: a reader finds the old file or the new."""
+    if not path.name:
+        raise UserError(f"{path}: not the name of a file to write")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)

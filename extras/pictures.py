@@ -21,7 +21,6 @@ from torch import Tensor
 import data
 import evaluate
 import runtime
-from model import GraFT
 from runtime import UserError
 
 RIGHT, WRONG, PLAIN = (0, 150, 60), (210, 30, 30), (90, 90, 90)  # frames
@@ -43,9 +42,6 @@ def draw(args: argparse.Namespace, embedder: evaluate.Embedder, ranking: evaluat
     if args.cmc:
         cmc_chart(ranking.metrics.cmc, args.cmc)
     if args.attention:
-        if not isinstance(embedder.model, GraFT):
-            fusion = embedder.model.config.fusion
-            raise UserError(f"--attention: a model with --fusion {fusion} has no fusion tokens")
         attention(embedder, query, [i for i, _ in chosen], args.attention)
         print_reliance(embedder, query)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 import runtime
 from model import BACKBONES, ViT
-from runtime import real, whole
+from runtime import UserError, real, whole
 
 IMAGE_SIZE = (64, 128)
 
@@ -90,6 +90,8 @@ def main() -> None:
     parameters = [*vit.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.05)
     steps = len(images) // args.batch_size
+    if not steps:
+        raise UserError(f"--batch-size {args.batch_size}: there are only {len(images)} images")
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.1
     )

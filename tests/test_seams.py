@@ -315,6 +315,9 @@ def test_no_epochs_still_leave_the_checkpoint_that_is_announced(tiny_data, tmp_p
         (["--adam-betas", 1, 0, 0, 0], "--adam-betas: expected a number from 0 to 0.999999"),
         (["--cooldown", 2], "--cooldown: expected a number from 0 to 1, not 2"),
         (["--encoder-heads", 0], "--encoder-heads: expected a whole number from 1 to 1000, not 0"),
+        (["--seed", 10**30], "--seed: expected a whole number of at least 0, not 1000"),
+        (["--warmup-steps", "9" * 400], "--warmup-steps: expected a whole number of at least 0"),
+        (["--out", "x" * 300], "File name too long"),
         (["--per-pass", 0], "--per-pass: expected a whole number of at least 1, not 0"),
         (["--log-every", -1], "--log-every: expected a whole number of at least 0, not -1"),
         (["--modalities", "rgb,rgb"], "--modalities: expected different names"),
@@ -325,6 +328,22 @@ def test_no_epochs_still_leave_the_checkpoint_that_is_announced(tiny_data, tmp_p
 def test_every_number_has_its_range(tiny_data, tmp_path, option, expected):
     line = fails(train, *tiny_arguments(tiny_data, tmp_path / "out"), *option)
     assert expected in line and not (tmp_path / "out").exists()
+
+
+def test_a_file_without_a_name_is_refused(trained):
+    assert "not the name of a file" in fails_after_all(evaluate, trained / "last.pt", "--json", ".")
+
+
+def fails_after_all(program, *arguments) -> str:
+    """The last line of a program that had printed figures before its mistake was met."""
+    done = call(program, *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_mistake_on_the_command_line_is_said_once_by_all_ranks(tiny_data, tmp_path):
+    done = call(train, *tiny_arguments(tiny_data, tmp_path), "--batch-sizee", 3, ranks=2)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 def test_every_default_is_in_the_help_and_is_the_data_sets(monkeypatch):
