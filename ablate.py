@@ -314,7 +314,8 @@ def test_again(row: Row, args: argparse.Namespace, path: Path) -> dict:
     config.test_token = options.get("--test-token", config.test_token)
     if "--modalities" not in options:
         modalities = config.modalities
-    dataset = data.load_dataset(args.dataset, args.data_root, modalities, config.image_size)
+    source = (args.dataset, args.data_root, modalities, config.image_size, args.store_gb)
+    dataset = data.load_dataset(*source)
     ranking = evaluate.rank_splits(embedder, dataset.query, dataset.gallery)
     metrics = evaluate.figures(embedder.model, ranking)
     if runtime.rank() == 0:

@@ -6,14 +6,19 @@ Shapes: B samples, H height, W width, T triplets of a step. Images are uint8 RGB
 sample maps modality to image.
 """
 
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +36,7 @@ from runtime import UserError
 SPLITS = ("train", "query", "gallery")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 MAX_PIXELS = 2**26  # of an image: more is refused before it is decoded
-CACHE_BYTES = 2**30  # a split whose decoded images fit is kept in memory
+STORE_GB = 20.0  # RGBN300 at 224x224, the largest of the paper's, takes 16.6
 ROOT = Path(__file__).parent
 
 
@@ -166,7 +171,8 @@ class Split(torch.utils.data.Dataset):
     """Samples sorted by name. split[i] -> ({modality: uint8 (3, H, W)}, pid, key).
 
     A modality that a sample lacks is absent. H and W are `image_size`, or the file's own without
-    it. Raises UserError for an image that cannot be read.
+    it. `store_gb` bounds what `decoded` may keep on disk. Raises UserError for an image that cannot
+    be read.
     """
 
     def __init__(
@@ -174,24 +180,29 @@ class Split(torch.utils.data.Dataset):
         samples: list[Sample],
         modalities: tuple[str, ...],
         image_size: tuple[int, int] | None = None,
+        store_gb: float = 0.0,
     ):
         self.samples, self.modalities, self.image_size = samples, modalities, image_size
+        self.store_gb = store_gb
         self.pids = torch.tensor([sample.pid for sample in samples], dtype=torch.int64)
         self.keys = torch.tensor([sample.key for sample in samples], dtype=torch.int64)
-        self.cache: list | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, i: int) -> tuple[dict[str, Tensor], int, int]:
         sample = self.samples[i]
-        images = self.cache[i] if self.cache else self.read(sample)
-        return images, sample.pid, sample.key
+        return self.read(sample), sample.pid, sample.key
 
-    def read(self, sample: Sample) -> dict[str, Tensor]:
+    @cached_property
+    def decoded(self) -> dict[str, Tensor] | None:
+        """Images of all samples, uint8 (N, 3, H, W), from the store; None where it has no room."""
+        return open_store(self)
+
+    def read(self, sample: Sample, modalities: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Decode a sample's files, each once, whatever number of tiles is taken from it."""
         files: dict[Path, dict[str, int | None]] = {}
-        for modality in self.modalities:
+        for modality in modalities or self.modalities:
             if modality in sample.images:
                 path, tile = sample.images[modality]
                 files.setdefault(path, {})[modality] = tile
@@ -201,20 +212,8 @@ class Split(torch.utils.data.Dataset):
             images |= zip(tiles, decoded, strict=True)
         return images
 
-    def keep_in_memory(self) -> bool:
-        """Decode all of it once, if it fits in CACHE_BYTES: small sets need no other process."""
-        if self.image_size is None:
-            return False
-        height, width = self.image_size
-        if len(self) * len(self.modalities) * 3 * height * width > CACHE_BYTES:
-            return False
-        if self.cache is None:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the lock
-                self.cache = list(pool.map(self.read, self.samples))
-        return True
-
     def subset(self, samples: list[Sample]) -> "Split":
-        return Split(samples, self.modalities, self.image_size)
+        return Split(samples, self.modalities, self.image_size, self.store_gb)
 
 
 def read_tiles(path: Path, tiles: list[int | None], size: tuple[int, int] | None) -> Tensor:
@@ -251,26 +250,141 @@ def read_image(path: Path) -> Image.Image:
         ) from None
 
 
-def collate(samples: list) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Samples with the same modalities -> ({modality: uint8 (B, 3, H, W)}, pids, keys)."""
-    images, pids, keys = zip(*samples, strict=True)
-    stacked = {name: torch.stack([image[name] for image in images]) for name in images[0]}
-    return stacked, torch.tensor(pids), torch.tensor(keys)
+# --- the store: each image decoded once, for all epochs, runs and ranks of a machine
+
+STORE_VERSION = 1  # of what reading gives, a part of the files' names
 
 
-def read_batches(split: Split, batches: list[list[int]], workers: int, pin: bool) -> Iterator:
-    """Read batches of sample indices of a split, in order: what `collate` returns of each.
+def open_store(split: Split) -> dict[str, Tensor] | None:
+    """The images of a split, mapped from files of the store, which are made where they are absent.
 
-    By `workers` processes, or by none where the split is in memory. Close the iterator when done:
-    its processes ignore signals, which are for the main process, and end with it alone.
+    All ranks ask together: the first of a machine decodes, and the others map the same pages of
+    memory. None where the store has no room.
     """
+    if not (split.store_gb and split.image_size and len(split)):
+        return None
+    files = store_files(split)
+    with runtime.local_rank0_first():
+        missing = [modality for modality, file in files.items() if not file.exists()]
+        if missing and runtime.local_rank() == 0:
+            fill_store(split, {modality: files[modality] for modality in missing})
+    if not all(file.exists() for file in files.values()):
+        return None
+    images = {}
+    for modality, file in files.items():
+        os.utime(file)  # what was used last is removed last
+        # Private pages, of which none is ever written: torch wants an array that could be
+        images[modality] = torch.from_numpy(np.load(file, mmap_mode="c"))
+    return images
+
+
+def store_files(split: Split) -> dict[str, Path]:
+    """Each modality's file, named after all that it depends on: the images' paths, sizes, times."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    states: dict[Path, str] = {}
+    files = {}
+    for modality in split.modalities:
+        digest = hashlib.sha256(repr((STORE_VERSION, split.image_size)).encode())
+        for sample in split.samples:
+            path, tile = sample.images.get(modality, (None, None))
+            if path and path not in states:
+                status = path.stat()
+                states[path] = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
+            digest.update(f"{states.get(path)} {tile}\n".encode())
+        files[modality] = Path(cache, "graft", f"{digest.hexdigest()[:32]}.npy")
+    return files
+
+
+def fill_store(split: Split, files: dict[str, Path]) -> None:
+    """Decode a split's images of these modalities into the files, in all threads, if they fit."""
+    shape = (len(split), 3, *split.image_size)
+    size, folder = len(files) * int(np.prod(shape)), next(iter(files.values())).parent
+    what = f"the decoded images of {len(split)} samples, {size / 1e9:.2f} GB"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if lack := make_room(folder, size, split.store_gb):
+            _warn(f"{what}, do not fit {lack}: images are decoded each time they are needed")
+            return
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            arrays = {}
+            for modality, file in files.items():
+                path = Path(unfinished, file.name)
+                arrays[modality] = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, a crash later
+                    with open(path, "r+b") as opened:
+                        os.posix_fallocate(opened.fileno(), 0, path.stat().st_size)
+
+            def decode(i: int) -> None:
+                for modality, image in split.read(split.samples[i], tuple(files)).items():
+                    arrays[modality][i] = image.numpy()
+
+            # Threads, as decoders release the lock
+            pool = ThreadPoolExecutor(runtime.num_cores())
+            with pool, closing(pool.map(decode, range(len(split)))) as done:
+                for _ in tqdm(done, "decoding", len(split), leave=False, disable=None):
+                    pass
+            for modality, file in files.items():
+                arrays[modality].flush()
+                os.replace(Path(unfinished, file.name), file)
+    except OSError as error:
+        _warn(f"{what}, cannot be kept ({error}): images are decoded each time they are needed")
+
+
+def make_room(folder: Path, size: int, store_gb: float) -> str:
+    """Remove what was used longest ago, until `size` bytes fit; what they do not fit otherwise."""
+    limit = store_gb * 1e9
+    if size > limit:
+        return f"--store {store_gb:g}"
+    if size > runtime.available_memory():  # pages that do not stay are read from disk each time
+        return "the memory that is free"
+    kept = sorted(folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
+    total = sum(file.stat().st_size for file in kept)
+    while kept and (total + size > limit or size > shutil.disk_usage(folder).free / 2):
+        total -= kept[0].stat().st_size
+        kept.pop(0).unlink()  # a run that has mapped it keeps its pages
+    return "" if size <= shutil.disk_usage(folder).free / 2 else f"the disk of {folder}"
+
+
+# --- batches
+
+
+def read_batches(
+    split: Split, batches: list[list[int]], workers: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The images of batches of sample indices, in order: {modality: uint8 (B, 3, H, W)}.
+
+    On the device; of samples that have the same modalities. All ranks call it together. Close the
+    iterator when done.
+    """
+    pin = device.type == "cuda"
+    if split.decoded:
+        reading = (gather(split, indices, pin) for indices in batches)
+    else:
+        reading = stream(split, batches, workers, pin)
+    return prefetch(reading, device)
+
+
+def gather(split: Split, indices: list[int], pin: bool) -> dict[str, Tensor]:
+    """Copy samples out of the store."""
+    order, images = torch.tensor(indices), {}
+    for modality in split.samples[indices[0]].images:
+        stored = split.decoded[modality]
+        out = torch.empty(len(order), *stored.shape[1:], dtype=torch.uint8, pin_memory=pin)
+        images[modality] = torch.index_select(stored, 0, order, out=out)
+    return images
+
+
+def stream(
+    split: Split, batches: list[list[int]], workers: int, pin: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Decode batches by `workers` processes, which ignore signals: they end with this one alone."""
     loader = torch.utils.data.DataLoader(
         split,
         batch_sampler=batches,
-        num_workers=0 if split.keep_in_memory() else workers,
+        num_workers=min(workers, len(batches) - 1),  # none for a single batch
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=_init_worker,
+        worker_init_fn=runtime.ignore_signals,
     )
     reader = iter(loader)
     try:
@@ -282,8 +396,43 @@ def read_batches(split: Split, batches: list[list[int]], workers: int, pin: bool
             reader._shutdown_workers()
 
 
-def _init_worker(worker: int) -> None:
-    runtime.ignore_signals()
+def collate(samples: list[tuple[dict[str, Tensor], int, int]]) -> dict[str, Tensor]:
+    """Samples with the same modalities -> {modality: (B, 3, H, W)}."""
+    images = [images for images, _, _ in samples]
+    return {name: torch.stack([image[name] for image in images]) for name in images[0]}
+
+
+def prefetch(
+    batches: Iterator[dict[str, Tensor]], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Batches on the device; on CUDA the next one is read and sent while the model works on this.
+
+    A thread reads into pinned memory, and a stream of its own copies. Closes `batches`, too.
+    """
+
+    def send() -> tuple | None:
+        images = next(batches, None)
+        if images is None:
+            return None
+        with torch.cuda.stream(side):
+            return runtime.to_device(images, device), side.record_event()
+
+    with closing(batches):
+        if device.type != "cuda":
+            for images in batches:
+                yield runtime.to_device(images, device)
+            return
+        side = torch.cuda.Stream(device)
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(send)
+            while (sent := coming.result()) is not None:
+                images, arrived = sent
+                coming = pool.submit(send)
+                work = torch.cuda.current_stream(device)
+                work.wait_event(arrived)
+                for image in images.values():
+                    image.record_stream(work)  # its memory is not for the next copy before that
+                yield images
 
 
 # --- finding the files
@@ -318,13 +467,15 @@ def load_dataset(
     root: str | Path,
     modalities: tuple[str, ...] | None = None,
     image_size: tuple[int, int] | None = None,
+    store_gb: float = 0.0,
 ) -> Dataset:
     """Find the files of a data set; `root` is its folder or the parent of it.
 
     "synthetic" is rendered where it is absent. `modalities` keeps those alone, `image_size`
-    (height, width) resizes. Training samples that lack a modality are left out; query and gallery
-    samples stay with what they have; what has none is left out. Each is said in a warning. Raises
-    UserError, with the trees expected, where nothing matches.
+    (height, width) resizes, `store_gb` bounds the store of decoded images. Training samples that
+    lack a modality are left out; query and gallery samples stay with what they have; what has none
+    is left out. Each is said in a warning. Raises UserError, with the trees expected, where nothing
+    matches.
     """
     source = find_source(name, Path(root), modalities)
     splits = {}
@@ -337,7 +488,7 @@ def load_dataset(
         samples = _usable(index, split, source.modalities)
         if not samples:
             raise UserError(source.nothing_in(split))
-        splits[split] = Split(samples, source.modalities, image_size)
+        splits[split] = Split(samples, source.modalities, image_size, store_gb)
         known = source.facts.counts
         if known and len(samples) != known[number]:
             _warn(
@@ -829,6 +980,12 @@ def add_options(parser, trained: bool = False) -> None:
     parser.add_argument("--data-root", metavar="DIR", default=fallback, help=text)
     text = f"e.g. rgb,tir (default: {'all that were trained' if trained else 'all there are'})"
     parser.add_argument("--modalities", metavar="NAMES", type=runtime.names, help=text)
+
+
+def add_store_option(parser) -> None:
+    text = "disk space for decoded images (~/.cache/graft); 0: decode each time they are needed"
+    gigabytes = {"dest": "store_gb", "metavar": "GB", "type": runtime.real(0)}
+    parser.add_argument("--store", default=STORE_GB, help=text, **gigabytes)
 
 
 if __name__ == "__main__":

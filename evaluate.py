@@ -251,14 +251,10 @@ class Embedder:
         for group in groups.values():
             batches += [group[i : i + BATCH_SIZE] for i in range(0, len(group), BATCH_SIZE)]
         own = batches[runtime.rank() :: runtime.world_size()]
-        pin = self.device.type == "cuda"
-        with closing(data.read_batches(split, own, self.workers, pin)) as reader:
+        with closing(data.read_batches(split, own, self.workers, self.device)) as reader:
             progress = tqdm(reader, "embedding", len(own), leave=False, disable=None)
-            for indices, (images, _, _) in zip(own, progress, strict=True):
-                yield indices, self.normalise(self.to_device(images))
-
-    def to_device(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: runtime.to_device(image, self.device) for name, image in images.items()}
+            for indices, images in zip(own, progress, strict=True):
+                yield indices, self.normalise(images)
 
 
 class Ranking(NamedTuple):
@@ -391,6 +387,7 @@ def parse() -> argparse.Namespace:
     runtime.add_device_options(group, precision=None)
     text = "reading processes of a rank (default: as in training, else its cores)"
     group.add_argument("--workers", type=runtime.whole(0), help=text)
+    data.add_store_option(group)
     text = "of the random queries that are drawn"
     group.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
     args = parser.parse_args()
@@ -440,7 +437,8 @@ def main() -> None:
     results = {}
     for subset in chain.from_iterable(combinations(args.modalities, size) for size in sizes):
         size = model.config.image_size
-        dataset = data.load_dataset(args.dataset, args.data_root, subset, size)
+        source = (args.dataset, args.data_root, subset, size, args.store_gb)
+        dataset = data.load_dataset(*source)
         ranking = rank_splits(embedder, dataset.query, dataset.gallery, args.flip, args.rerank)
         metrics = results[",".join(subset)] = figures(model, ranking)
         name = f"{','.join(subset):<16}" if args.all_subsets else ""

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -262,14 +263,28 @@ def print0(*args, file=None) -> None:
         print(*args, flush=True, file=file)
 
 
-@contextmanager
 def rank0_first():
     """Rank 0 runs the block before the others: for work that leaves files which they then find."""
-    if rank() > 0:
+    return _first(rank() == 0)
+
+
+def local_rank0_first():
+    """The same for the first rank of each machine."""
+    return _first(local_rank() == 0)
+
+
+@contextmanager
+def _first(is_first: bool):
+    if not is_first:
         dist.barrier()
     yield
-    if rank() == 0 and world_size() > 1:
+    if is_first and world_size() > 1:
         dist.barrier()
+
+
+def local_rank() -> int:
+    """The rank's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
 
 
 def restarted(folder: Path) -> bool:
@@ -317,11 +332,22 @@ def by_rank0(compute):
     return result[0]
 
 
+def num_cores() -> int:
+    """The cores that this process may use."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
 def default_workers() -> int:
     """Reading processes of a rank: the cores it has to itself, at most 8."""
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def available_memory() -> float:
+    """Bytes that can be taken without swapping, where the system says so."""
+    path = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
 
 
 def any_rank(flag: bool) -> bool:
@@ -345,8 +371,10 @@ def all_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
 # --- what crosses to the device and back
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; on CUDA without a wait, from pinned memory."""
+def to_device(x: Tensor | dict[str, Tensor], device: torch.device):
+    """A tensor, or each of a dict, on the device; on CUDA without a wait, from pinned memory."""
+    if isinstance(x, dict):
+        return {name: to_device(value, device) for name, value in x.items()}
     if device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -410,7 +438,7 @@ def noted_signal() -> int:
     return _noted[0] if _noted else 0
 
 
-def ignore_signals() -> None:
+def ignore_signals(worker: int) -> None:
     """For a reading process: a signal to the group is the main process's, which ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -273,20 +273,22 @@ class Run:
             for step in self.step_indices(stage, epoch)[first:]
             for ranks in self.shares
         ]
-        pin = self.embedder.device.type == "cuda"
-        reading = data.read_batches(self.dataset.train, order, self.embedder.workers, pin)
-        with closing(reading) as reader:
+        embedder = self.embedder
+        reading = data.read_batches(self.dataset.train, order, embedder.workers, embedder.device)
+        with closing(reading) as images:
+            batches = zip(order, images, strict=False)
             for step in range(first, self.epoch_steps(stage)):
-                yield self.passes(reader, (self.args.seed, stage.number, epoch, step))
+                yield self.passes(batches, (self.args.seed, stage.number, epoch, step))
 
-    def passes(self, reader: Iterator, key: tuple[int, ...]) -> Iterator["Batch"]:
-        """This rank's passes of a step, on the device."""
+    def passes(self, batches: Iterator, key: tuple[int, ...]) -> Iterator["Batch"]:
+        """This rank's passes of a step; `batches`: sample indices, and images on the device."""
         rank, device = runtime.rank(), self.embedder.device
         draws, kept = self.draw(key)
         for part, ranks in enumerate(self.shares):
-            images, pids, _ = next(reader)
+            indices, images = next(batches)
             images = {name: image for name, image in images.items() if name in kept}
             images = self.prepare(images, draws[:, ranks[rank]].flatten(0, 1))
+            pids = self.dataset.train.pids[indices]
             num_triplets = len(pids) // 3
             classified = pids if self.args.cross_entropy == "all" else pids[:num_triplets]
             yield Batch(
@@ -314,8 +316,7 @@ class Run:
         return draws, {name for name, kept in zip(names, keep.tolist(), strict=True) if kept}
 
     def prepare(self, images: dict[str, Tensor], draws: Tensor) -> dict[str, Tensor]:
-        """Images as read -> on the device, augmented, normalised."""
-        images = self.embedder.to_device(images)
+        """Images as read -> augmented, normalised."""
         draws = runtime.to_device(draws, self.embedder.device)
         images = data.augment(images, draws, self.args.flips, self.args.erase)
         return self.embedder.normalise(images)
@@ -620,7 +621,9 @@ def refuse_occupied(args: argparse.Namespace) -> Path:
 
 def load_splits(args: argparse.Namespace) -> tuple[data.Dataset, tuple | None]:
     """The data set, and query and gallery of the identities that --val-ids holds out."""
-    dataset = data.load_dataset(args.dataset, args.data_root, args.modalities, args.image_size)
+    dataset = data.load_dataset(
+        args.dataset, args.data_root, args.modalities, args.image_size, args.store_gb
+    )
     if not args.val_ids:
         return dataset, None
     train, *validation = data.hold_out(dataset.train, args.val_ids)
@@ -804,6 +807,7 @@ def add_data_options(group) -> None:
     option("--erase", 0.5, real(0, 1), "probability of random erasing; published code")
     text = "hold out training identities and evaluate them after each epoch"
     option("--val-ids", 0, whole(0), text)
+    data.add_store_option(group)
     text = "reading processes of a rank (default: its cores, at most 8)"
     option("--workers", None, whole(0), text)
 

@@ -15,6 +15,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -263,40 +264,53 @@ def mosaics(count: int, folder: str) -> data.Split:
 
 
 def reading_rows(_: torch.device, count: int = 256) -> Iterator[Row]:
-    """From mosaics to batches by one process; the figure is the mean pixel."""
+    """From mosaics to batches by one process; the figure is the mean of some pixels."""
     with tempfile.TemporaryDirectory() as folder:
         split = mosaics(count, folder)
+        order = [list(range(start, start + 64)) for start in range(0, count, 64)]
 
-        def turn(reader: torch.utils.data.Dataset) -> float:
-            options = {"collate_fn": data.collate, "num_workers": 1}
-            loader = torch.utils.data.DataLoader(reader, evaluate.BATCH_SIZE, **options)
-            total = sum(x.sum().item() for images, _, _ in loader for x in images.values())
-            return total / (count * 3 * 3 * 224**2 * 255)
+        def turn(read: Callable, *source) -> float:
+            some = [x[..., ::16, ::16] for images in read(*source) for x in images.values()]
+            return torch.cat(some).float().mean().item() / 255
 
-        sides = partial(turn, split), partial(turn, PublishedReader(split))
-        yield Row(f"reading {count} mosaics, one process", "Pillow, once a modality", sides)
+        decode = partial(turn, data.stream, split, order, 1, False)
+        pillow = partial(turn, data.stream, PublishedReader(split), order, 1, False)
+        what = f"reading {count} mosaics, one process"
+        yield Row(what, "Pillow, once a modality", (decode, pillow))
+        with stored(split, folder) as kept:
+            sides = partial(turn, data.read_batches, kept, order, 0, torch.device("cpu")), decode
+            yield Row(f"reading {count} mosaics, second epoch", "without the store", sides)
+
+
+@contextmanager
+def stored(split: data.Split, folder: str) -> Iterator[data.Split]:
+    """The split, decoded into a store of its own."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = folder
+    kept = data.Split(split.samples, split.modalities, split.image_size, store_gb=10)
+    if not kept.decoded:
+        raise UserError(f"{folder}: no room for the decoded images of this row")
+    try:
+        yield kept
+    finally:
+        os.environ.pop("XDG_CACHE_HOME")
+        os.environ |= {"XDG_CACHE_HOME": before} if before else {}
 
 
 def gallery_rows(device: torch.device, count: int = 12) -> Iterator[Row]:
-    """From mosaics to embeddings by DeiT-B."""
+    """From mosaics to embeddings by DeiT-B, nothing decoded before."""
     with tempfile.TemporaryDirectory() as folder:
-        made = mosaics(count, folder)
-        model = GraFT(GraFTConfig())
-        embedder = evaluate.Embedder(model, HALF, HALF, device, workers=1)
-        peer = PublishedStep(model, PAPER.stages[0]).to(device).eval()
-
-        def ours() -> None:
-            fresh = data.Split(made.samples, made.modalities, made.image_size)  # nothing decoded
-            embedder.embed(fresh)
+        split = mosaics(count, folder)
+        embedder = evaluate.Embedder(GraFT(GraFTConfig()), HALF, HALF, device, workers=1)
+        peer = PublishedStep(embedder.model, PAPER.stages[0]).to(device).eval()
 
         @torch.no_grad()
         def theirs() -> None:
-            options = {"collate_fn": data.collate, "num_workers": 1}
-            loader = torch.utils.data.DataLoader(
-                PublishedReader(made), evaluate.BATCH_SIZE, **options
-            )
-            for images, _, _ in loader:
-                peer.embed(embedder.normalise(embedder.to_device(images)))
+            for images in data.stream(PublishedReader(split), [list(range(count))], 1, False):
+                peer.embed(embedder.normalise(runtime.to_device(images, device)))
+
+        def ours() -> None:
+            embedder.embed(split)
 
         what = f"embedding {count} samples by DeiT-B, files to features"
         yield Row(what, "the published code's way, fp32", (ours, theirs))
@@ -396,7 +410,20 @@ def gpu_figures(device: torch.device, triplets: int = 26) -> Iterator[tuple[str,
         yield name, theirs / step, "times our time"
     del ours, peer, published, optimizer
     torch.cuda.empty_cache()
+    reading = read_seconds(device, 3 * triplets)
+    yield f"reading {3 * triplets} samples from the store", reading / step, "of a step's time"
     yield "largest --per-pass in 48 GB, --checkpointing", largest_pass(device), "triplets"
+
+
+def read_seconds(device: torch.device, batch: int) -> float:
+    """From the store to the GPU, a batch of random samples."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder, stored(mosaics(512, folder), folder) as split:
+        order = [rng.choice(512, batch).tolist() for _ in range(40)]
+        began = time.perf_counter()
+        for _ in data.read_batches(split, order, 0, device):
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / len(order)
 
 
 def largest_pass(device: torch.device) -> int:

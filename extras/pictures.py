@@ -227,7 +227,9 @@ def attention(
     rows = []
     for i in chosen:
         images, _, _ = split[i]
-        batch = embedder.to_device({name: image[None] for name, image in images.items()})
+        batch = runtime.to_device(
+            {name: image[None] for name, image in images.items()}, embedder.device
+        )
         maps = embedder.model.attention(embedder.normalise(batch))
         maps = {modality: weights[0].cpu() for modality, weights in maps.items()}
         heated = {modality: heat(image, maps[modality]) for modality, image in images.items()}

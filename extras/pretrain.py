@@ -81,8 +81,7 @@ def main() -> None:
     print("settings:", vars(args))
     torch.manual_seed(args.seed)
     dataset = data.load_dataset("synthetic", args.data_root, ("rgb",), IMAGE_SIZE)
-    dataset.train.keep_in_memory()
-    images = torch.stack([sample["rgb"] for sample, _, _ in dataset.train])  # (N, 3, H, W)
+    images = torch.stack([images["rgb"] for images, _, _ in dataset.train])  # (N, 3, H, W)
     pids, labels = dataset.train.pids.unique(return_inverse=True)
     config = {name: value for name, value in BACKBONES["small"].items() if name != "encoder_hidden"}
     vit = ViT(IMAGE_SIZE, **config).to(device)

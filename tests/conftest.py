@@ -1,6 +1,7 @@
 """What several test files need: a tiny rendered data set, and the programs run as a user would."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,17 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, and fork
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config) -> None:
+    """Decoded images go to a folder of this session's, not to the user's."""
+    if not hasattr(config, "workerinput"):  # xdist's processes inherit it
+        os.environ["XDG_CACHE_HOME"] = config.own_cache = tempfile.mkdtemp()
+
+
+def pytest_unconfigure(config) -> None:
+    if hasattr(config, "own_cache"):
+        shutil.rmtree(config.own_cache)
 
 
 class Done(NamedTuple):

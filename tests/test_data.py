@@ -4,9 +4,13 @@ Also that what is missing or broken is named, that triplets and batches hold wha
 for, and that modalities are augmented together.
 """
 
+import contextlib
 import multiprocessing
+import re
+import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,8 @@ import runtime
 from extras import synthetic
 from runtime import UserError
 
+CPU = torch.device("cpu")
+TRAIN = "rgbir/bounding_box_train"
 COLOURS = {"rgb": (255, 0, 0), "nir": (0, 255, 0), "tir": (0, 0, 255)}
 TILES = tuple(COLOURS.values())
 MARKET = ("bounding_box_train", "query", "bounding_box_test")
@@ -302,19 +308,17 @@ def test_mosaic_too_narrow_or_of_odd_width(tmp_path, width):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(
-    "image_size", [None, (16, 32)]
-)  # without a size nothing is kept in memory: workers read
-def test_truncated_jpeg_is_named_in_one_line(tmp_path, capsys, workers, image_size):
+@pytest.mark.parametrize("store_gb", [0, 1])
+def test_truncated_jpeg_is_named_in_one_line(tmp_path, capsys, workers, store_gb):
     write_rgbnt100(tmp_path)
     path = tmp_path / "rgbir/bounding_box_train/0501_c0002_000.jpg"
     path.write_bytes(path.read_bytes()[:-100])
-    train = data.load_dataset("rgbnt100", tmp_path, image_size=image_size).train
+    train = data.load_dataset("rgbnt100", tmp_path, None, (16, 32), store_gb).train
     capsys.readouterr()
 
     @runtime.program
     def main():
-        list(data.read_batches(train, [[0], [1], [2]], workers, pin=False))
+        list(data.read_batches(train, [[0], [1], [2]], workers, CPU))
 
     with pytest.raises(SystemExit) as stop:
         main()
@@ -328,34 +332,177 @@ def test_truncated_jpeg_is_named_in_one_line(tmp_path, capsys, workers, image_si
 # --- reading
 
 
-def test_workers_and_memory_give_what_reading_gives(tmp_path, monkeypatch):
+def write_noise(tmp_path) -> None:
+    """RGBNT100's names with three training mosaics of noise."""
     noise = np.random.default_rng(0)
     write_rgbnt100(tmp_path)
-    for path in (tmp_path / "rgbir/bounding_box_train").iterdir():
+    for path in (tmp_path / TRAIN).iterdir():
         Image.fromarray(noise.integers(0, 256, (16, 96, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    """An empty store of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/graft"
+
+
+def test_workers_and_store_give_what_reading_gives(tmp_path, store):
+    write_noise(tmp_path)
     train = data.load_dataset("rgbnt100", tmp_path, image_size=(12, 20)).train
     read = [train[i][0] for i in range(3)]
     assert not torch.equal(read[0]["rgb"], read[1]["rgb"])
-    batches = [[2, 0], [1]]
-    monkeypatch.setattr(data, "CACHE_BYTES", 3 * 3 * 3 * 12 * 20 - 1)
-    assert not train.keep_in_memory()
-    by_workers = list(data.read_batches(train, batches, 2, pin=False))
-    monkeypatch.setattr(data, "CACHE_BYTES", 3 * 3 * 3 * 12 * 20)
-    assert train.keep_in_memory()
-    for path in (tmp_path / "rgbir/bounding_box_train").iterdir():
-        path.unlink()
-    in_memory = data.read_batches(train, batches, 2, pin=False)
-    for batch, (images, pids, keys), memory in zip(batches, by_workers, in_memory, strict=True):
-        assert (
-            pids.tolist() == train.pids[batch].tolist()
-            and keys.tolist() == train.keys[batch].tolist()
-        )
-        assert torch.equal(pids, memory[1]) and torch.equal(keys, memory[2])
+    batches = [[2, 0], [1], [1, 1, 2]]
+    by_workers = list(data.read_batches(train, batches, 2, CPU))
+    assert not store.exists()
+    stored = data.load_dataset("rgbnt100", tmp_path, None, (12, 20), 1).train
+    from_store = list(data.read_batches(stored, batches, 2, CPU))
+    assert len(list(store.glob("*.npy"))) == 3 == len(list(store.iterdir()))
+    for batch, one, other in zip(batches, by_workers, from_store, strict=True):
         for modality in train.modalities:
             expected = torch.stack([read[i][modality] for i in batch])
-            assert torch.equal(images[modality], expected) and torch.equal(
-                memory[0][modality], expected
-            )
+            assert torch.equal(one[modality], expected)
+            assert torch.equal(other[modality], expected)
+
+
+def test_no_file_is_decoded_twice_unless_it_has_changed(tmp_path, store, monkeypatch):
+    write_noise(tmp_path)
+    decoded, read_tiles = [], data.read_tiles
+    noting = lambda path, *given: decoded.append(path.name) or read_tiles(path, *given)  # noqa: E731
+    monkeypatch.setattr(data, "read_tiles", noting)
+
+    def load(modalities=None) -> data.Split:
+        return data.load_dataset("rgbnt100", tmp_path, modalities, (12, 20), 1).train
+
+    first = load(("rgb", "tir")).decoded
+    assert sorted(decoded) == sorted(path.name for path in (tmp_path / TRAIN).iterdir())
+    decoded.clear()
+    assert load(("tir",)).decoded["tir"].equal(first["tir"]) and not decoded
+    assert set(load().decoded) == {"rgb", "nir", "tir"} and len(decoded) == 3  # for nir alone
+    decoded.clear()
+    assert load().decoded["rgb"].equal(first["rgb"]) and not decoded
+    changed = sorted((tmp_path / TRAIN).iterdir())[1]
+    pixels = np.array(Image.open(changed))
+    Image.fromarray(255 - pixels).save(changed)
+    assert not load().decoded["rgb"][1].equal(first["rgb"][1]) and len(decoded) == 3
+
+
+def test_a_store_holds_samples_that_lack_a_sensor(tmp_path, store):
+    for modality, number in (("rgb", 1), ("rgb", 2), ("nir", 2)):
+        for split in data.SPLITS:
+            folder = tmp_path / split / modality
+            folder.mkdir(parents=True, exist_ok=True)
+            colour = (number, 10, len(modality))
+            Image.new("RGB", (8, 8), colour).save(folder / f"0001_c{number}_0.png")
+    query = data.load_dataset("folder", tmp_path, None, (8, 8), 1).query
+    one, two = data.read_batches(query, [[0], [1]], 0, CPU)
+    assert list(one) == ["rgb"] and list(two) == ["rgb", "nir"]
+    assert one["rgb"].unique().tolist() == [1, 3, 10] and two["nir"].unique().tolist() == [2, 3, 10]
+
+
+def test_what_does_not_fit_is_read_each_time(tmp_path, store, monkeypatch, capsys):
+    write_noise(tmp_path)
+    gigabyte = 3 * 3 * 3 * 12 * 20 / 1e9  # of a store that just holds the training split
+
+    def load(store_gb: float) -> data.Split:
+        train = data.load_dataset("rgbnt100", tmp_path, None, (12, 20), store_gb).train
+        capsys.readouterr()
+        assert len(list(data.read_batches(train, [[0, 1]], 0, CPU))) == 1
+        return train
+
+    assert load(gigabyte * 0.99).decoded is None
+    assert "do not fit --store" in capsys.readouterr().err and not list(store.iterdir())
+    monkeypatch.setattr(runtime, "available_memory", lambda: 0)
+    assert load(1).decoded is None and "the memory that is free" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert load(gigabyte * 1.1).decoded and not capsys.readouterr().err
+    kept = {path.name for path in store.glob("*.npy")}
+    # Another size: the least recently used ones make room
+    other = data.load_dataset("rgbnt100", tmp_path, None, (12, 18), gigabyte * 1.1).train
+    assert other.decoded and not kept & {path.name for path in store.glob("*.npy")}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load(1).decoded is None and "cannot be kept" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_eight_ranks_share_one_copy(tmp_path, store):
+    """Proportional set sizes: pages that eight processes map count an eighth in each."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 768, 3), dtype=np.uint8)
+    samples = []
+    for i in range(12):
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(noise).save(path)
+        tiles = {modality: (path, tile) for tile, modality in enumerate(COLOURS)}
+        samples.append(data.Sample(str(i), i, 0, tiles))
+    splits = [data.Split(samples, tuple(COLOURS), (128, 256), 1) for _ in range(8)]
+    assert splits[0].decoded
+
+    def touch(split: data.Split, ready, done) -> None:
+        total = sum(images.sum().item() for images in split.decoded.values())
+        ready.wait()
+        text = Path("/proc/self/smaps").read_text()
+        maps = [part for part in text.split("VmFlags") if str(store) in part]
+        sizes = [int(re.search(r"Pss:\s+(\d+) kB", part)[1]) for part in maps]
+        ready.wait()
+        done.put((total, sum(sizes)))
+
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Barrier(8), context.SimpleQueue()
+    for split in splits:
+        context.Process(target=touch, args=(split, ready, done)).start()
+    totals, sizes = zip(*(done.get() for _ in splits), strict=True)
+    assert len(set(totals)) == 1
+    once = 12 * 3 * 3 * 128 * 256 / 1024
+    assert 0.9 * once < sum(sizes) < 1.1 * once
+
+
+def test_the_next_batch_is_read_while_this_one_is_used(monkeypatch):
+    """On a pretended GPU: one batch ahead and no more, errors reach the reader, all is closed."""
+    events = []
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def record_event(self):
+            return "arrived"
+
+        def wait_event(self, event):
+            events.append(event)
+
+    class Batch:
+        def record_stream(self, stream):
+            events.append("kept")
+
+    def batches():
+        try:
+            for number in range(3):
+                events.append(number)
+                yield {"rgb": Batch()}
+            raise runtime.UserError("unreadable")
+        finally:
+            events.append("closed")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(runtime, "to_device", lambda images, device: images)
+    reader = data.prefetch(batches(), torch.device("cuda"))
+    next(reader)
+    while 1 not in events:  # it comes without being asked for
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert 2 not in events and "arrived" in events and "kept" in events
+    next(reader), next(reader)
+    with pytest.raises(runtime.UserError, match="unreadable"):
+        next(reader)
+    assert events[-1] == "closed"
+    early = data.prefetch(batches(), torch.device("cuda"))
+    next(early)
+    early.close()
+    assert events[-1] == "closed"
 
 
 def test_hold_out():

@@ -130,11 +130,8 @@ def test_another_model_or_other_identities_cannot_be_resumed(tiny_data, whole, m
 
 
 def test_the_log_does_not_depend_on_the_number_of_workers(tiny_data, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_BYTES", 0)  # so that workers read
-    assert (
-        main(train, monkeypatch, *arguments(tiny_data, tmp_path, "--workers", 2, "--deterministic"))
-        == 0
-    )
+    options = ["--store", 0, "--workers", 2, "--deterministic"]
+    assert main(train, monkeypatch, *arguments(tiny_data, tmp_path, *options)) == 0
     torch.use_deterministic_algorithms(False)
     assert faults.log(tmp_path) == faults.log(whole)
 

@@ -270,16 +270,14 @@ def test_the_optimizer_of_stage_1_is_not_stage_2s(tiny_data, tmp_path, monkeypat
 
 # --- signals, files, numbers
 
-READ_BY_WORKERS = "import data, train; data.CACHE_BYTES = 0; train.main()"
-
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_whole_group_saves_though_processes_read(tiny_data, tmp_path, number, code):
     """As Slurm and a terminal send it: to the main process and to its readers at once."""
     options = tiny_arguments(tiny_data, tmp_path / "run")
-    more = ["--workers", 2, "--epochs", 400, 0, "--log-every", 1]
+    more = ["--store", 0, "--workers", 2, "--epochs", 400, 0, "--log-every", 1]
     program = subprocess.Popen(
-        [sys.executable, "-c", READ_BY_WORKERS, *map(str, [*options, *more])],
+        [sys.executable, "train.py", *map(str, [*options, *more])],
         cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     log_file = tmp_path / "run/log.jsonl"

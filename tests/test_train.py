@@ -345,12 +345,8 @@ def test_an_unreadable_image_in_a_worker_process_gives_one_line(
     shutil.copytree(tiny_data, root)
     victim = sorted((root / "rgbir" / "bounding_box_train").glob("*"))[0]
     victim.write_bytes(b"")
-    monkeypatch.setattr(train.data, "CACHE_BYTES", 0)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["train.py", *map(str, tiny_arguments(root, tmp_path / "out")), "--workers", "1"],
-    )
+    options = [*tiny_arguments(root, tmp_path / "out"), "--store", 0, "--workers", 1]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     with pytest.raises(SystemExit, match="2"):
         train.main()
     error = capsys.readouterr().err

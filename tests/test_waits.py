@@ -4,6 +4,8 @@ Fake tensors have shapes and devices but no values, so whatever needs a value is
 autograd engine wants a real GPU: the backward pass is counted on the CPU, by its operations.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,6 +63,8 @@ def make_run(recipe: str, device: torch.device, tmp_path) -> tuple[train.Run, tr
     model.patch_dropout = stage.patch_dropout
     run = object.__new__(train.Run)
     run.args, run.shares, run.label_pids = args, [[slice(0, 26)]], torch.arange(78)
+    run.dataset = SimpleNamespace(modalities=MODALITIES)
+    run.dataset.train = SimpleNamespace(pids=torch.arange(78))
     run.embedder = evaluate.Embedder(model, HALF, HALF, device, "fp32")
     run.draw = lambda key: (torch.rand(3, 26, 7), set(MODALITIES))
     return run, train.Objective(run.embedder, criterion)
@@ -69,7 +73,8 @@ def make_run(recipe: str, device: torch.device, tmp_path) -> tuple[train.Run, tr
 def forward(run: train.Run, objective: train.Objective) -> dict:
     """A pass as train_stage takes it, from uint8 images on the host to losses on the device."""
     images = {name: torch.zeros(78, 3, 32, 64, dtype=torch.uint8) for name in MODALITIES}
-    (batch,) = run.passes(iter([(images, torch.arange(78), None)]), (0, 2, 0, 0))
+    images = runtime.to_device(images, run.embedder.device)
+    (batch,) = run.passes(iter([(list(range(78)), images)]), (0, 2, 0, 0))
     return objective(batch.images, batch.labels, batch.rows)
 
 
