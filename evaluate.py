@@ -6,6 +6,7 @@ Shapes: Q queries, G gallery samples, N samples of a split, D width of an embedd
 """
 
 import argparse
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -266,11 +267,16 @@ class Ranking(NamedTuple):
     similarities: Callable[[int, int], Tensor]  # (start, end) -> (end - start, G)
 
 
-def rank_splits(
-    embedder: Embedder, query: data.Split, gallery: data.Split, flip=False, rerank=False
-) -> Ranking:
+def rank_splits(embedder: Embedder, query: data.Split, gallery: data.Split) -> Ranking:
     """Embed query and gallery, and rank. Raises UserError where no query has a match."""
-    q, g = embedder.embed(query, flip), embedder.embed(gallery, flip)
+    return rank_features((query, embedder.embed(query)), (gallery, embedder.embed(gallery)))
+
+
+def rank_features(
+    query: tuple[data.Split, Tensor], gallery: tuple[data.Split, Tensor], rerank: bool = False
+) -> Ranking:
+    """Rank by the features of both splits, (Q, D) and (G, D), L2-normalised."""
+    (query, q), (gallery, g) = query, gallery
     if not torch.isfinite(q).all() or not torch.isfinite(g).all():
         raise UserError(
             "the model's embeddings are not finite: its weights are damaged, or training diverged"
@@ -311,6 +317,17 @@ def summary(metrics: dict) -> str:
     valid, total = metrics["num_valid"], metrics["num_query"]
     queries = f"{total} queries" if valid == total else f"{valid} of {total} queries"
     return f"{shown}  ({queries}, {metrics['num_gallery']} gallery samples)"
+
+
+def pairs_table(results: dict[str, dict]) -> str:
+    """mAP / Rank-1 in percent of "query > gallery": a row for each query's modalities."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, metrics in results.items():
+        asking, _, answering = name.partition(" > ")
+        shown = f"{100 * metrics['mAP']:.1f} / {100 * metrics['R1']:.1f}"
+        cells.setdefault(asking, {})[answering or asking] = shown
+    head = ["query, gallery:", *next(iter(cells.values()))]
+    return runtime.markdown([head, *([asking, *row.values()] for asking, row in cells.items())])
 
 
 # --- checkpoints
@@ -367,7 +384,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", metavar="CKPT", help=text)
     data.add_options(parser, trained=True)
     add = parser.add_argument
+    text = "what the queries have, where the gallery has other modalities (default: --modalities)"
+    add("--query-modalities", metavar="NAMES", type=runtime.names, help=text)
+    text = "what the gallery has (default: --modalities)"
+    add("--gallery-modalities", metavar="NAMES", type=runtime.names, help=text)
     add("--all-subsets", action="store_true", help="evaluate every subset of the modalities")
+    text = "any subset asks, any subset answers: a table of mAP / Rank-1"
+    add("--all-pairs", action="store_true", help=text)
     text = "what is ranked (default: as in training)"
     add("--test-token", choices=("fusion", "data"), help=text)
     add("--flip", action="store_true", help="mean of the embeddings of images and mirror images")
@@ -392,9 +415,25 @@ def parse() -> argparse.Namespace:
     group.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
     args = parser.parse_args()
     args.pictures = any((args.ranked_list, args.failures, args.attention, args.cmc))
-    if args.pictures and args.all_subsets:
-        raise UserError("pictures are drawn of one set of --modalities: leave out --all-subsets")
+    crossed = args.query_modalities or args.gallery_modalities
+    if (args.all_subsets or args.all_pairs) and (args.pictures or crossed):
+        raise UserError(
+            "pictures, --query-modalities and --gallery-modalities are of one pair of subsets:"
+            " leave out --all-subsets and --all-pairs"
+        )
     return args
+
+
+def chosen_pairs(args: argparse.Namespace) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The modalities of query and gallery, of each ranking that was asked for."""
+    sizes = range(1, len(args.modalities) + 1)
+    subsets = [subset for size in sizes for subset in combinations(args.modalities, size)]
+    if args.all_pairs:
+        return [(query, gallery) for query in subsets for gallery in subsets]
+    if args.all_subsets:
+        return [(subset, subset) for subset in subsets]
+    all_of_them = tuple(args.modalities)
+    return [(args.query_modalities or all_of_them, args.gallery_modalities or all_of_them)]
 
 
 def fill_from_training(args: argparse.Namespace, settings: dict) -> None:
@@ -420,10 +459,11 @@ def main() -> None:
     model, checkpoint = load_model(args.checkpoint)
     fill_from_training(args, checkpoint["settings"])
     runtime.print0("settings:", vars(args))
-    trained = model.config.modalities
-    if unknown := [modality for modality in args.modalities if modality not in trained]:
+    trained, pairs = model.config.modalities, chosen_pairs(args)
+    if unknown := [name for name in chain(*chain(*pairs)) if name not in trained]:
         raise UserError(
-            f"--modalities {','.join(unknown)}: the model was trained on {','.join(trained)}"
+            f"modality {', '.join(dict.fromkeys(unknown))}: the model was trained on"
+            f" {','.join(trained)}"
         )
     if args.attention and model.config.fusion != "graft":
         fusion = model.config.fusion
@@ -432,21 +472,31 @@ def main() -> None:
         model.config = replace(model.config, test_token=args.test_token)
     normalisation = (checkpoint["mean"], checkpoint["std"])
     embedder = Embedder(model, *normalisation, device, args.precision, args.workers)
-    smallest = 1 if args.all_subsets else len(args.modalities)
-    sizes = range(smallest, len(args.modalities) + 1)
+    load = functools.cache(
+        lambda subset: data.load_dataset(
+            args.dataset, args.data_root, subset, model.config.image_size, args.store_gb
+        )
+    )
+
+    @functools.cache
+    def embedded(name: str, subset: tuple[str, ...]) -> tuple[data.Split, Tensor]:
+        split = getattr(load(subset), name)
+        return split, embedder.embed(split, args.flip)
+
     results = {}
-    for subset in chain.from_iterable(combinations(args.modalities, size) for size in sizes):
-        size = model.config.image_size
-        source = (args.dataset, args.data_root, subset, size, args.store_gb)
-        dataset = data.load_dataset(*source)
-        ranking = rank_splits(embedder, dataset.query, dataset.gallery, args.flip, args.rerank)
-        metrics = results[",".join(subset)] = figures(model, ranking)
-        name = f"{','.join(subset):<16}" if args.all_subsets else ""
-        runtime.print0(name + summary(metrics))
+    for asking, answering in pairs:
+        query, gallery = embedded("query", asking), embedded("gallery", answering)
+        ranking = rank_features(query, gallery, args.rerank)
+        name = " > ".join(dict.fromkeys((",".join(asking), ",".join(answering))))
+        metrics = results[name] = figures(model, ranking)
+        if not args.all_pairs:
+            runtime.print0((f"{name:<16}" if len(pairs) > 1 else "") + summary(metrics))
+    if args.all_pairs:
+        runtime.print0(pairs_table(results))
     if len({metrics["num_valid"] for metrics in results.values()}) > 1:
         runtime.print0("the rows rank different queries: some samples lack a sensor")
     if args.json and runtime.rank() == 0:
-        runtime.write_json(args.json, results if args.all_subsets else metrics)
+        runtime.write_json(args.json, results if len(pairs) > 1 else metrics)
     if args.pictures:
         from extras.pictures import draw
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run, tiny_arguments
+from conftest import call, run, tiny_arguments
 from PIL import Image
 
 import evaluate
@@ -189,6 +189,29 @@ def test_evaluation_on_all_subsets(trained, tmp_path):
     assert list(metrics) == ["rgb", "nir", "tir", "rgb,nir", "rgb,tir", "nir,tir", "rgb,nir,tir"]
     assert metrics["rgb,nir,tir"] == json.loads((trained / "metrics.json").read_text())
     assert len({figures["mAP"] for figures in metrics.values()}) == 7
+
+
+def test_any_sensor_asks_and_any_answers(trained, tiny_data, tmp_path):
+    done = call(evaluate, trained / "last.pt", "--all-pairs", "--json", tmp_path / "pairs.json")
+    assert done.returncode == 0, done.stderr
+    pairs = json.loads((tmp_path / "pairs.json").read_text())
+    assert len(pairs) == 49
+    assert pairs["rgb,nir,tir"] == json.loads((trained / "metrics.json").read_text())
+    sides = ["--query-modalities", "rgb", "--gallery-modalities", "nir,tir"]
+    done = call(evaluate, trained / "last.pt", *sides, "--json", tmp_path / "pair.json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "pair.json").read_text())
+    assert metrics == pairs["rgb > nir,tir"] != pairs["nir,tir > rgb"]
+    # By hand
+    cpu = torch.device("cpu")
+    embedder, _ = evaluate.load_embedder(trained / "last.pt", cpu, precision="fp32")
+    query = train.data.load_dataset("synthetic", tiny_data, ("rgb",), (32, 64)).query
+    gallery = train.data.load_dataset("synthetic", tiny_data, ("nir", "tir"), (32, 64)).gallery
+    ids = (query.pids, gallery.pids, query.keys, gallery.keys)
+    ranked = evaluate.rank_metrics(embedder.embed(query), embedder.embed(gallery), *ids)
+    assert metrics["mAP"] == pytest.approx(ranked.mAP, abs=1e-6)
+    refused = call(evaluate, trained / "last.pt", *sides, "--all-pairs")
+    assert refused.returncode == 2 and "are of one pair of subsets" in refused.stderr
 
 
 def test_modality_dropout_leaves_at_least_one(tiny_data, tmp_path):
