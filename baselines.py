@@ -26,14 +26,13 @@ class VanillaFusion(MultiModalModel):
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
             nn.init.xavier_uniform_(self.cls_token[0])
 
-    def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        self.check(images)
+    def encode(self, images: dict[str, Tensor]) -> list[Embeddings]:
         tokens = self.extract(images).flatten(1, 2)  # (B, M * N, D)
         if self.take == "cls":
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
         queries = None if self.take == "average" else tokens[:, :1]
         embedding = self.encoder(tokens, queries).float().mean(1)
-        return Embeddings(embedding, embedding)
+        return [Embeddings(embedding, embedding)]
 
 
 class MultiStream(MultiModalModel):
@@ -44,14 +43,13 @@ class MultiStream(MultiModalModel):
         self.backbone = nn.ModuleDict({name: self.new_backbone() for name in config.modalities})
         self.encoders = nn.ModuleDict({name: self.new_encoder() for name in config.modalities})
 
-    def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        self.check(images)
+    def encode(self, images: dict[str, Tensor]) -> list[Embeddings]:
         streams = []
         for modality, image in images.items():
             tokens = self.tokens(self.backbone[modality], image)  # (B, N, D)
-            streams.append(self.encoders[modality](tokens, tokens[:, :1])[:, 0].float())
-        embedding = torch.stack(streams).mean(0)
-        return Embeddings(embedding, embedding)
+            embedding = self.encoders[modality](tokens, tokens[:, :1])[:, 0].float()
+            streams.append(Embeddings(embedding, embedding))
+        return streams
 
 
 class EarlyFusion(MultiModalModel):
@@ -62,13 +60,12 @@ class EarlyFusion(MultiModalModel):
         self.backbone = self.new_backbone(channels=3 * len(config.modalities))
         self.encoder = self.new_encoder()
 
-    def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        self.check(images)
+    def encode(self, images: dict[str, Tensor]) -> list[Embeddings]:
         absent = torch.zeros_like(next(iter(images.values())))
         channels = [images.get(modality, absent) for modality in self.config.modalities]
         tokens = self.tokens(self.backbone, torch.cat(channels, 1))  # (B, N, D)
         embedding = self.encoder(tokens, tokens[:, :1])[:, 0].float()
-        return Embeddings(embedding, embedding)
+        return [Embeddings(embedding, embedding)]
 
 
 BASELINES = {

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import runtime
+from model import Embeddings, new_head
 
 SCHEMES = ("FFD", "FFF", "DDD", "FDD", "DFF", "DFD", "DDF", "FDF")  # Table 8
 
@@ -98,6 +99,7 @@ class GraFTLoss(nn.Module):
         scheme: str = "FFD",
         squared: bool = True,
         center_squared: bool = True,
+        modalities: tuple[str, ...] = (),
     ):
         super().__init__()
         if scheme not in (*SCHEMES, "hardest"):
@@ -105,6 +107,8 @@ class GraFTLoss(nn.Module):
             raise ValueError(f"triplet scheme {scheme!r}: expected one of {expected}")
         self.scheme, self.squared = scheme, squared
         self.center = CenterLoss(num_ids, dim, center_squared)
+        heads = {name: nn.Sequential(*new_head(dim, num_ids)) for name in modalities}
+        self.heads, self.modality_weight = nn.ModuleDict(heads), 1.0
         self.weights(alpha=0.5, beta=0.0, gamma=0.5, label_smoothing=0.0)
 
     def weights(self, alpha: float, beta: float, gamma: float, label_smoothing: float) -> None:
@@ -114,19 +118,16 @@ class GraFTLoss(nn.Module):
         self.center.requires_grad_(beta > 0)
 
     def forward(
-        self, embeddings, logits: Tensor, labels: Tensor, rows: tuple[int, ...] = ()
+        self, embeddings: Embeddings, logits: Tensor, labels: Tensor, rows: tuple[int, ...] = ()
     ) -> dict[str, Tensor]:
         """Losses of B triplets: `loss`, `triplet`, `cross_entropy` and `center`, scalars.
 
-        embeddings (model.Embeddings) of 3B samples: anchors, positives, negatives. logits (N, C)
-        and labels (N,) of the first N of them: the anchors, or all. `rows`: samples that each rank
-        has.
+        embeddings of 3B samples: anchors, positives, negatives. logits (N, C) and labels (N,) of
+        the first N of them: the anchors, or all. `rows`: samples that each rank has.
         """
         terms = {
             "triplet": self.triplet(embeddings, labels, rows),
-            "cross_entropy": F.cross_entropy(
-                logits.float(), labels, label_smoothing=self.label_smoothing
-            ),
+            "cross_entropy": self.cross_entropy(logits, labels),
             "center": logits.new_zeros(()),
         }
         if self.beta:
@@ -134,7 +135,24 @@ class GraFTLoss(nn.Module):
         loss = self.alpha * terms["triplet"] + self.beta * terms["center"]
         return {"loss": loss + self.gamma * terms["cross_entropy"], **terms}
 
-    def triplet(self, embeddings, labels: Tensor, rows: tuple[int, ...]) -> Tensor:
+    def of_modalities(
+        self, own: dict[str, Embeddings], labels: Tensor, rows: tuple[int, ...]
+    ) -> Tensor:
+        """Mean of triplet loss and cross-entropy on each modality's own tokens; ours.
+
+        Each modality has a BNNeck and a classifier of its own, see --modality-losses.
+        """
+        losses = []
+        for modality, tokens in own.items():
+            logits = self.heads[modality](tokens.fusion[: len(labels)])
+            triplet = self.triplet(tokens, labels, rows)
+            losses.append(self.alpha * triplet + self.gamma * self.cross_entropy(logits, labels))
+        return torch.stack(losses).mean()
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+
+    def triplet(self, embeddings: Embeddings, labels: Tensor, rows: tuple[int, ...]) -> Tensor:
         """Eq. (8) on the scheme's tokens, or on the hardest triplets of all ranks' samples."""
         if self.scheme == "hardest":
             features = runtime.all_rows(embeddings.fusion, rows)

@@ -291,6 +291,19 @@ class Embeddings(NamedTuple):
     data: Tensor
 
 
+def mean_over_modalities(own: list[Embeddings]) -> Embeddings:
+    fusion, data = zip(*own, strict=True)
+    return Embeddings(torch.stack(fusion).mean(0), torch.stack(data).mean(0))  # Eq. (6), (12)
+
+
+def new_head(width: int, num_ids: int) -> tuple["SyncBatchNorm1d", nn.Linear]:
+    """BNNeck (Luo et al. 2019) and classifier, neither with a bias (paper, 3.4)."""
+    bottleneck, classifier = SyncBatchNorm1d(width), nn.Linear(width, num_ids, bias=False)
+    bottleneck.bias.requires_grad_(False)
+    nn.init.normal_(classifier.weight, std=0.001)
+    return bottleneck, classifier
+
+
 class MultiModalModel(nn.Module):
     """What GraFT and its baselines share: backbone, BNNeck, classifier.
 
@@ -302,10 +315,17 @@ class MultiModalModel(nn.Module):
         super().__init__()
         self.config, self.width = config, width
         self.patch_dropout = 0.0  # share of the patches that a training step leaves out, see ViT
-        self.bottleneck = SyncBatchNorm1d(width)  # BNNeck (Luo et al. 2019)
-        self.bottleneck.bias.requires_grad_(False)  # paper, 3.4: no bias in BN and FC
-        self.classifier = nn.Linear(width, config.num_ids, bias=False)
-        nn.init.normal_(self.classifier.weight, std=0.001)
+        self.bottleneck, self.classifier = new_head(width, config.num_ids)
+
+    def forward(self, images: dict[str, Tensor]) -> Embeddings:
+        if not images or images.keys() - set(self.config.modalities):
+            given, expected = ", ".join(images) or "none", ", ".join(self.config.modalities)
+            raise ValueError(f"modalities {given}: the model has {expected}")
+        return mean_over_modalities(self.encode(images))
+
+    def encode(self, images: dict[str, Tensor]) -> list[Embeddings]:
+        """Each modality's own tokens, in the order of `images`; of a baseline without, one item."""
+        raise NotImplementedError
 
     def new_backbone(self, channels: int = 3) -> ViT:
         c = self.config
@@ -315,11 +335,6 @@ class MultiModalModel(nn.Module):
     def new_encoder(self) -> ModalityEncoder:
         c = self.config
         return ModalityEncoder(c.dim, c.encoder_heads, c.encoder_hidden, c.dropout)
-
-    def check(self, images: dict[str, Tensor]) -> None:
-        if not images or images.keys() - set(self.config.modalities):
-            given, expected = ", ".join(images) or "none", ", ".join(self.config.modalities)
-            raise ValueError(f"modalities {given}: the model has {expected}")
 
     def tokens(self, backbone: ViT, images: Tensor) -> Tensor:
         """A backbone's tokens of (B, 3, H, W), without the patches that a training step drops."""
@@ -371,11 +386,10 @@ class GraFT(MultiModalModel):
                 f" ({num_tokens} data tokens, {L} of them taken)"
             )
 
-    def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        self.check(images)
+    def encode(self, images: dict[str, Tensor]) -> list[Embeddings]:
         L, first = self.config.fusion_tokens, self.config.data_token
         data_tokens = self.extract(images)  # Eq. (1), (2): (B, M, N, D)
-        fusion, data = [], []
+        own = []
         for i, modality in enumerate(images):
             fusion_token = self.fusion_token.expand(len(data_tokens), -1, -1)  # (B, L, D)
             tokens = torch.cat([fusion_token, data_tokens[:, i]], 1)  # Eq. (3): (B, L + N, D)
@@ -383,10 +397,9 @@ class GraFT(MultiModalModel):
             sampled = data_tokens[:, i, first : first + L]
             queries = torch.cat([fusion_token, sampled], 1)
             z = self.encoders[modality](tokens, queries).float()  # Eq. (4): (B, 2 * L, D)
-            fusion.append(z[:, :L])  # Eq. (5)
-            data.append(z[:, L:])  # Eq. (11)
-        z_f, z_d = torch.stack(fusion).mean(0), torch.stack(data).mean(0)  # Eq. (6), (12)
-        return Embeddings(z_f.flatten(1), z_d.flatten(1))  # Eq. (7)
+            z_f, z_d = z[:, :L], z[:, L:]  # Eq. (5), (11)
+            own.append(Embeddings(z_f.flatten(1), z_d.flatten(1)))
+        return own  # whose mean is the embedding, Eq. (6), (7)
 
     @torch.no_grad()
     def attention(self, images: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,14 @@ import evaluate
 import runtime
 from baselines import FUSIONS
 from losses import SCHEMES, GraFTLoss
-from model import BACKBONES, GraFTConfig, MultiModalModel, build_model, load_backbone
+from model import (
+    BACKBONES,
+    GraFTConfig,
+    MultiModalModel,
+    build_model,
+    load_backbone,
+    mean_over_modalities,
+)
 from runtime import UserError, real, whole
 
 # --- recipes: what they change of the options' own defaults, which are the paper's
@@ -141,10 +149,16 @@ class Objective(nn.Module):
         `rows` says how many samples each rank has in this pass.
         """
         with self.autocast():
-            embeddings = self.model(images)
+            own = self.model.encode(images)
+        embeddings = mean_over_modalities(own)
         # Labels are those of the first samples: of the anchors, or of all
         logits = self.model.classify(embeddings.fusion[: len(labels)])
-        return self.criterion(embeddings, logits, labels, rows)
+        losses = self.criterion(embeddings, logits, labels, rows)
+        if self.criterion.heads:
+            named = dict(zip(images, own, strict=True))
+            losses["modality"] = self.criterion.of_modalities(named, labels, rows)
+            losses["loss"] = losses["loss"] + self.criterion.modality_weight * losses["modality"]
+        return losses
 
 
 def on_all_ranks(objective: Objective, unused: bool = False) -> nn.Module:
@@ -162,8 +176,9 @@ def on_all_ranks(objective: Objective, unused: bool = False) -> nn.Module:
 def make_optimizer(objective: Objective, stage: Stage, center_lr: float) -> torch.optim.AdamW:
     """AdamW of what a stage trains; the centroids, a group of their own, have no decay."""
     model, criterion = objective.model, objective.criterion
-    trained = [p for p in model.parameters() if p.requires_grad]
-    centers = [p for p in criterion.parameters() if p.requires_grad]
+    networks = chain(model.parameters(), criterion.heads.parameters())
+    trained = [p for p in networks if p.requires_grad]
+    centers = [p for p in criterion.center.parameters() if p.requires_grad]
     groups = [{"params": trained, "lr": stage.lr}]
     if centers:
         groups.append({"params": centers, "lr": center_lr, "weight_decay": 0.0})
@@ -232,8 +247,11 @@ class Run:
             model, self.dataset.mean, self.dataset.std, device, args.precision, args.workers
         )
         distances = (not args.plain_distance, not args.center_norm)
-        num_ids, width = model.config.num_ids, model.width
-        self.criterion = GraFTLoss(num_ids, width, args.triplet, *distances).to(device)
+        sizes, heads = (model.config.num_ids, model.width), ()
+        if args.modality_losses:
+            heads = model.config.modalities
+        self.criterion = GraFTLoss(*sizes, args.triplet, *distances, heads).to(device)
+        self.criterion.modality_weight = args.modality_losses
         self.sampler = make_sampler(args, self.dataset)
         # Only here does the number of ranks matter: everything else is the step's, not a rank's
         self.shares = data.share_out(args.batch_size, args.per_pass, runtime.world_size())
@@ -681,6 +699,11 @@ def check_resumable(
         if name not in old or old[name] == new[name]:
             continue
         option = f"--{name.replace('_', '-')}"
+        if name == "modality_losses" and 0 in (old[name], new[name]):
+            raise UserError(
+                f"{option} {new[name]}: {args.out}/last.pt was trained with {old[name]}, so with"
+                " other classifiers; choose another --out"
+            )
         if step and name in EPOCH_SETTINGS:
             raise UserError(
                 f"{option} {new[name]}: {args.out}/last.pt is {step} steps into an epoch that was"
@@ -762,6 +785,8 @@ def check_combinations(args: argparse.Namespace) -> None:
             f"--sampling identities has no anchors, positives and negatives for {args.triplet}:"
             " add --triplet hardest"
         )
+    if args.modality_losses and args.fusion not in ("graft", "multistream"):
+        raise UserError(f"--modality-losses: --fusion {args.fusion} has no tokens of a modality")
     last_data_token = args.data_token + args.fusion_tokens
     drops = args.fusion == "graft" and any(args.patch_dropout)
     if drops and last_data_token > 2 - args.no_distilled:
@@ -845,6 +870,8 @@ def add_loss_options(group) -> None:
     text = "Euclidean distances in Eq. (8), not squared ones; published code"
     option("--plain-distance", False, bool, text)
     option("--center-norm", False, bool, "Eq. (9) as printed: the norm, not its square")
+    text = "weight of triplet loss and cross-entropy on each modality's own tokens"
+    option("--modality-losses", 0.0, real(0), text)
     option("--alpha", 0.5, real(0), "weight of the triplet loss; paper, 4.2")
     option("--beta", (0.0, 0.0005), real(0), "weight of the center loss; paper, 4.2, see D2")
     option("--gamma", 0.5, real(0), "weight of the cross-entropy; paper, 4.2")
