@@ -18,15 +18,38 @@ from runtime import UserError
 # --- backbone (section 3.2)
 
 
+@dataclass(kw_only=True)
+class Traits:
+    """How the ViTs of CLIP, DINOv2 and DeiT III differ from DeiT, whose traits are the defaults."""
+
+    pre_norm: bool = False  # CLIP: normalise the blocks' input; the patch embedding has no bias
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+    layer_scale: bool = False  # multiply each block's updates by a learned vector
+    registers: int = 0  # learned tokens between CLS and patches (Darcet et al. 2024)
+    embed_class: bool = True  # the tokens before the patches have position embeddings, too
+
+
+DEIT = Traits()
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+# OpenAI trained CLIP with the approximation, so its weights need it; no file says which one it is
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
 class PatchEmbed(nn.Module):
     """Cut an image into patches, project each to the model's width: Eq. (1).
 
     (B, 3, H, W) -> (B, patches, D), row by row.
     """
 
-    def __init__(self, patch_size: int, dim: int, channels: int = 3):
+    def __init__(self, patch_size: int, dim: int, channels: int = 3, bias: bool = True):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size, bias=bias)
 
     def forward(self, images: Tensor) -> Tensor:
         B, C, H, W = images.shape
@@ -56,37 +79,52 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, activation: str = "gelu"):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
+        self.activation = ACTIVATIONS[activation]
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """(B, N, D) times a learned vector: small at first, so that deep ViTs train stably."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))  # DINOv2's start
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Block(nn.Module):
     """Pre-norm transformer block, (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, head_dim: int):
+    def __init__(self, dim: int, heads: int, hidden: int, head_dim: int, traits: Traits = DEIT):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, traits.norm_eps)
         self.attn = Attention(dim, heads, head_dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, hidden)
+        self.ls1 = LayerScale(dim) if traits.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, traits.norm_eps)
+        self.mlp = MLP(dim, hidden, traits.activation)
+        self.ls2 = LayerScale(dim) if traits.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2021), with DeiT's distillation token if `distilled`.
 
-    (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, distillation, then the patches
-    row by row. Parameters are named as in timm and in the released DeiT checkpoints. `blocks` gives
-    (heads, MLP channels) of each block of a pruned one, whose heads keep their width D / `heads`.
-    Raises UserError for sizes that do not divide.
+    (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, distillation, registers, then
+    the patches row by row. Parameters are named as in timm and in the released DeiT checkpoints.
+    `traits` are those of another ViT than DeiT. `blocks` gives (heads, MLP channels) of each block
+    of a pruned one, whose heads keep their width D / `heads`. Raises UserError for sizes that do
+    not divide.
     """
 
     def __init__(
@@ -100,12 +138,15 @@ class ViT(nn.Module):
         *,
         channels=3,
         blocks=(),
+        traits=DEIT,
     ):
         super().__init__()
         if any(side % patch_size for side in image_size):
-            height, width = image_size
+            size = "x".join(map(str, image_size))
+            nearest = "x".join(str(max(1, round(n / patch_size)) * patch_size) for n in image_size)
             raise UserError(
-                f"image size {height}x{width}: patch {patch_size} does not divide both sides"
+                f"image size {size}: patch {patch_size} does not divide both sides;"
+                f" nearest is {nearest}"
             )
         if dim % heads:
             raise UserError(f"width {dim}: {heads} heads do not divide it")
@@ -113,19 +154,25 @@ class ViT(nn.Module):
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.frozen = False
         self.checkpointing = False  # recompute blocks in the backward pass: less memory, more time
-        self.patch_embed = PatchEmbed(patch_size, dim, channels)
+        self.patch_embed = PatchEmbed(patch_size, dim, channels, bias=not traits.pre_norm)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
-        self.prefix_tokens = 2 if distilled else 1
-        num_tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
+        registers = traits.registers
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        self.prefix_tokens = 1 + bool(distilled) + registers  # those before the patches
+        num_patches = self.grid[0] * self.grid[1]
+        self.num_tokens = self.prefix_tokens + num_patches
+        self.embed_class = traits.embed_class
+        positions = self.num_tokens if self.embed_class else num_patches
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
+        self.norm_pre = nn.LayerNorm(dim, traits.norm_eps) if traits.pre_norm else nn.Identity()
         sizes = blocks or [(heads, 4 * dim)] * depth
-        self.blocks = nn.ModuleList(Block(dim, *size, dim // heads) for size in sizes)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(dim, *size, dim // heads, traits) for size in sizes)
+        self.norm = nn.LayerNorm(dim, traits.norm_eps)
         self.init_weights()
 
     def init_weights(self) -> None:
-        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed, self.reg_token):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
         for layer in self.modules():
@@ -161,10 +208,15 @@ class ViT(nn.Module):
             return self.norm(x)  # Eq. (2)
 
     def embed(self, images: Tensor) -> Tensor:
-        """The blocks' input: CLS, distillation and patch tokens with their positions, (B, N, D)."""
-        tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        prefix = [token.expand(len(images), -1, -1) for token in tokens]
-        return torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed
+        """The blocks' input: the tokens before the patches, patches, positions, (B, N, D)."""
+        tokens = (self.cls_token, self.dist_token, self.reg_token)
+        prefix = [token.expand(len(images), -1, -1) for token in tokens if token is not None]
+        patches = self.patch_embed(images)
+        if self.embed_class:
+            x = torch.cat([*prefix, patches], 1) + self.pos_embed
+        else:
+            x = torch.cat([*prefix, patches + self.pos_embed], 1)
+        return self.norm_pre(x)
 
 
 def random_patches(patches: Tensor, share: float) -> Tensor:
@@ -238,7 +290,7 @@ class ModalityEncoder(nn.Module):
 
 
 @dataclass
-class GraFTConfig:
+class GraFTConfig(Traits):
     """What a model is made of; the defaults are the paper's model for RGBNT100."""
 
     modalities: tuple[str, ...] = ("rgb", "nir", "tir")
@@ -268,18 +320,43 @@ class GraFTConfig:
                 raise UserError(f"{field.name} {value!r}: expected a {expected}")
             if type(value) is int and not 0 <= value < 2**20:
                 raise UserError(f"{field.name} {value}: expected a number from 0 to a million")
-        largest = max(self.depth, self.fusion_tokens, len(self.modalities), len(self.blocks))
+        tokens = max(self.fusion_tokens, self.registers)
+        largest = max(self.depth, tokens, len(self.modalities), len(self.blocks))
         if largest > 1000:
-            raise UserError(f"{largest} blocks, fusion tokens or modalities: expected at most 1000")
+            raise UserError(
+                f"{largest} blocks, fusion tokens, registers or modalities: expected at most 1000"
+            )
+        if self.activation not in ACTIVATIONS:
+            expected = " or ".join(ACTIVATIONS)
+            raise UserError(f"activation {self.activation!r}: expected {expected}")
+        if not 0 < self.norm_eps < 1:
+            raise UserError(f"norm_eps {self.norm_eps}: expected a number between 0 and 1")
         if self.test_token not in ("fusion", "data"):
             raise UserError(f"test token {self.test_token!r}: expected fusion or data")
         if self.test_token == "data" and self.bnneck_features:
             raise UserError("the data token has no BNNeck: --test-token data, or BNNeck features")
 
 
+# encoder_hidden: as wide to ViT-S as the paper's is to ViT-B
+VIT_B = {"distilled": False}
+VIT_S = {"distilled": False, "dim": 384, "heads": 6, "encoder_hidden": 1024}
+CLIP = {"pre_norm": True, "norm_eps": 1e-5}
+DINOV2 = {"patch_size": 14, "layer_scale": True}
+DINOV2_REG4 = {**DINOV2, "registers": 4, "embed_class": False}
+DEIT3 = {"layer_scale": True, "embed_class": False}
 BACKBONES = {
     "deit-b": {},  # DeiT-B, the defaults above
     "small": {"dim": 192, "depth": 6, "heads": 3, "encoder_hidden": 512},  # of the synthetic set
+    "clip-b16": {**VIT_B, **CLIP, "activation": "quick_gelu"},  # OpenAI's
+    "openclip-b16": {**VIT_B, **CLIP},  # LAION's and DataComp's: the same names, another activation
+    "dinov2-s14": {**VIT_S, **DINOV2},
+    "dinov2-b14": {**VIT_B, **DINOV2},
+    "dinov2-s14-reg4": {**VIT_S, **DINOV2_REG4},
+    "dinov2-b14-reg4": {**VIT_B, **DINOV2_REG4},
+    "deit3-s16": {**VIT_S, **DEIT3},
+    "deit3-b16": {**VIT_B, **DEIT3},
+    "augreg-s16": VIT_S,
+    "augreg-b16": VIT_B,
 }
 
 
@@ -330,7 +407,7 @@ class MultiModalModel(nn.Module):
     def new_backbone(self, channels: int = 3) -> ViT:
         c = self.config
         sizes = (c.image_size, c.patch_size, c.dim, c.depth, c.heads, c.distilled)
-        return ViT(*sizes, channels=channels, blocks=c.blocks)
+        return ViT(*sizes, channels=channels, blocks=c.blocks, traits=c)
 
     def new_encoder(self) -> ModalityEncoder:
         c = self.config
@@ -379,7 +456,7 @@ class GraFT(MultiModalModel):
         self.encoders = nn.ModuleDict({name: self.new_encoder() for name in config.modalities})
         self.fusion_token = nn.Parameter(torch.empty(1, L, config.dim))
         nn.init.xavier_uniform_(self.fusion_token[0])
-        num_tokens = self.backbone.pos_embed.shape[1]
+        num_tokens = self.backbone.num_tokens
         if config.data_token > num_tokens - L:
             raise UserError(
                 f"data token {config.data_token}: expected 0 to {num_tokens - L}"
@@ -405,8 +482,8 @@ class GraFT(MultiModalModel):
     def attention(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """The fusion tokens' attention in each modality's encoder (Fig. 4): (B, rows, columns).
 
-        Means over heads and fusion tokens; together with what goes to the fusion, CLS and
-        distillation tokens they add up to 1.
+        Means over heads and fusion tokens; together with what goes to the fusion tokens and to
+        those before the patches they add up to 1.
         """
         data_tokens, maps = self.extract(images), {}
         first_patch = self.config.fusion_tokens + self.backbone.prefix_tokens
