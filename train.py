@@ -616,8 +616,13 @@ def start_run(args: argparse.Namespace) -> Run:
     if checkpoint:
         check_resumable(checkpoint, args, model.config, dataset)
     elif args.backbone_weights != "none":
+        if args.backbone_weights == "deit" and args.backbone != "deit-b":
+            raise UserError(
+                f"--backbone-weights deit: not for --backbone {args.backbone}; name a FILE, or none"
+            )
         dropped = load_backbone(model, args.backbone_weights)
-        left_out = ", ".join(dropped) or "nothing"
+        more = f" and {len(dropped) - 8} more" if len(dropped) > 8 else ""  # CLIP's text tower
+        left_out = (", ".join(dropped[:8]) or "nothing") + more
         runtime.print0(f"backbone from {args.backbone_weights}; left out: {left_out}")
     log_size = checkpoint["progress"]["log_size"] if checkpoint else 0
     # What the log holds beyond the checkpoint is written again by the steps that are done again
@@ -663,8 +668,13 @@ def check_batches(args: argparse.Namespace, dataset: data.Dataset) -> None:
 def model_config(args: argparse.Namespace, dataset: data.Dataset) -> GraFTConfig:
     own = {field.name: getattr(args, field.name, None) for field in fields(GraFTConfig)}
     own = {name: value for name, value in own.items() if value is not None}
-    own |= {"num_ids": len(dataset.train.pids.unique()), "distilled": not args.no_distilled}
-    return GraFTConfig(**{**BACKBONES[args.backbone], **own})
+    own["num_ids"] = len(dataset.train.pids.unique())
+    return GraFTConfig(**{**backbone_row(args), **own})
+
+
+def backbone_row(args: argparse.Namespace) -> dict:
+    """What --backbone says of the model; --no-distilled matters only to rows that leave it open."""
+    return {"distilled": not args.no_distilled, **BACKBONES[args.backbone]}
 
 
 # What an epoch's triplets depend on: it cannot change in the middle of one
@@ -682,11 +692,12 @@ def check_resumable(
         raise UserError(
             f"{args.out}/last.pt: lacks {what}; expected a checkpoint of this version's train.py"
         )
-    own, stored = asdict(config), checkpoint["config"]
+    # A checkpoint of an older version may lack some: they are the defaults
+    own, stored = asdict(config), {**asdict(GraFTConfig()), **checkpoint["config"]}
     for name in own:
-        if own[name] != stored.get(name):
+        if own[name] != stored[name]:
             raise UserError(
-                f"{args.out}: its model has {name} {stored.get(name)}, not {own[name]};"
+                f"{args.out}: its model has {name} {stored[name]}, not {own[name]};"
                 " choose another --out"
             )
     if checkpoint["pids"] != dataset.train.pids.unique().tolist():
@@ -789,7 +800,8 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(f"--modality-losses: --fusion {args.fusion} has no tokens of a modality")
     last_data_token = args.data_token + args.fusion_tokens
     drops = args.fusion == "graft" and any(args.patch_dropout)
-    if drops and last_data_token > 2 - args.no_distilled:
+    row = backbone_row(args)
+    if drops and last_data_token > 1 + row["distilled"] + row.get("registers", 0):
         raise UserError(
             f"--patch-dropout: leaves data token {args.data_token} out;"
             " expected one that is no patch's"
@@ -840,15 +852,15 @@ def add_data_options(group) -> None:
 def add_model_options(group) -> None:
     option = runtime.adder(group)
     option("--backbone", "deit-b", BACKBONES, "paper, 3.2")
-    text = "a file; deit: the released DeiT-B, fetched; none: random weights; paper, 3.2"
+    text = "a file, see YOUR_DATA.md; deit: DeiT-B's, fetched; none: random weights; paper, 3.2"
     option("--backbone-weights", "deit", str, text)
-    option("--no-distilled", False, bool, "a backbone without the distillation token")
+    option("--no-distilled", False, bool, "deit-b or small without the distillation token")
     option("--fusion", "graft", FUSIONS, "or a baseline, all else equal")
     option("--fusion-tokens", 1, whole(1, 1000), "paper, 5.2")
     option("--data-token", 0, whole(0), "index of the data token D, Eq. (11)")
     text = "heads of a modality encoder; published code (default: 8)"
     option("--encoder-heads", None, whole(1, 1000), text)
-    text = "its feed-forward width; torch's default (default: 2048, backbone small: 512)"
+    text = "its feed-forward width; torch's default (default: 2048, narrow backbones: less)"
     option("--encoder-hidden", None, whole(1, 2**19), text)
     option("--dropout", 0.1, real(0, 1), "of the modality encoders; torch's default")
     text = "what is tested: the fusion token, Eq. (7), or the data token, see D23"
