@@ -561,6 +561,12 @@ def _check_archive(path: Path) -> None:
     """Refuse what torch.save does not write: compressed records, sizes beyond the file, damage."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
+        if any("/code/" in record.filename for record in records):
+            convert = f"torch.jit.load({str(path)!r}, map_location='cpu').state_dict()"
+            raise UserError(
+                f"{path}: a TorchScript archive, which holds code; if you trust it, convert it by"
+                f" torch.save(dict({convert}), FILE)"
+            )
         size = sum(record.file_size for record in records)
         if size > path.stat().st_size or any(record.compress_type for record in records):
             raise UserError(
