@@ -22,6 +22,7 @@ import prune
 import runtime
 import train
 from losses import SCHEMES
+from model import BACKBONES
 from runtime import UserError, whole
 
 SHORT = "--epochs 1 1 --epoch-steps 50 18"  # ours: a smoke test, at most 40 s a run on two cores
@@ -204,10 +205,10 @@ TABLES = {
         ),
     ),
     "backbone": Table(
-        "Section 3.2, pretrained weights (--deit FILE, --vit FILE)",
-        (
-            Row("DeiT-B distilled", "--backbone deit-b --backbone-weights {deit}"),
-            Row("ViT-B", "--backbone deit-b --no-distilled --backbone-weights {vit}"),
+        "Section 3.2, pretrained weights: DeiT-B, and what --weights names",
+        tuple(
+            Row(name, f"--backbone {name} --backbone-weights {{weights[{name}]}}")
+            for name in BACKBONES
         ),
     ),
     "data-token": Table(
@@ -339,7 +340,8 @@ def prune_rows(row: Row, args: argparse.Namespace) -> list[dict]:
 def command(row: Row, common: list[str], seed: int, args: argparse.Namespace) -> list[str]:
     """train.py's arguments; the folder is named after them."""
     epochs = sum(stage.epochs for stage in train.parse(common).stages)
-    flags = [*common, *row.flags.format(epochs=epochs, deit=args.deit, vit=args.vit).split()]
+    own = [word.format(epochs=epochs, weights=args.weights) for word in row.flags.split()]
+    flags = [*common, *own]
     folder = slug(" ".join(flags)).strip("-") or "default"
     return [*flags, "--seed", str(seed), "--out", str(args.out / folder / str(seed)), "--resume"]
 
@@ -407,13 +409,23 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--out", type=Path, metavar="DIR", default=Path("runs/ablate"))
     text = "draw mAP over parameters of the tables' rows, as Fig. 1 does (matplotlib)"
     add("--chart", type=Path, metavar="FILE", help=text)
-    text = "weights of the backbone table: released DeiT-B distilled, by default fetched"
-    add("--deit", metavar="FILE", default="deit", help=text)
-    add("--vit", metavar="FILE", help="weights of the backbone table: a ViT-B/16 of timm's")
+    text = "rows of the backbone table, e.g. augreg-b16=vit.pth (deit-b: by default fetched)"
+    add("--weights", metavar="NAME=FILE", nargs="+", default=[], help=text)
     args, common = parser.parse_known_args()
-    if "backbone" in args.table and not args.vit:
-        raise UserError("--table backbone: needs --vit FILE, a state dict of timm's ViT-B/16")
+    if "backbone" in args.table and not args.weights:
+        raise UserError("--table backbone: needs --weights NAME=FILE, e.g. augreg-b16=vit.pth")
+    args.weights = {"deit-b": "deit", **dict(map(read_weights, args.weights))}
     return args, [*(SHORT.split() if args.short else []), *common]
+
+
+def read_weights(text: str) -> tuple[str, str]:
+    """NAME=FILE; raises UserError where there is no such backbone or file."""
+    name, _, file = text.partition("=")
+    if name not in BACKBONES:
+        raise UserError(f"--weights {text}: expected NAME=FILE, NAME one of {', '.join(BACKBONES)}")
+    if not Path(file).is_file():
+        raise UserError(f"--weights {text}: no such file")
+    return name, file
 
 
 @runtime.program
@@ -426,6 +438,8 @@ def main() -> None:
     for key in args.table:
         table, measured = TABLES[key], []
         for row in table.rows:
+            if key == "backbone" and row.label not in args.weights:
+                continue
             results = []
             for seed in seeds if row.flags is not None else ():
                 words = command(row, common, seed, args)

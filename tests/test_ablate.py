@@ -13,6 +13,7 @@ from conftest import call, run, torchrun
 
 import ablate
 import train
+from model import BACKBONES
 
 QUICK = [
     "--epochs",
@@ -47,7 +48,7 @@ def table(*arguments, launch=run) -> list[list[str]]:
 @pytest.mark.parametrize("key", ablate.TABLES)
 def test_every_row_is_a_command_of_train(key, tmp_path):
     rows = [row for row in ablate.TABLES[key].rows if row.flags is not None]
-    args = Namespace(out=tmp_path, deit="deit", vit="vit.pth")
+    args = Namespace(out=tmp_path, weights=dict.fromkeys(BACKBONES, "vit.pth"))
     outs = [train.parse(ablate.command(row, [], 0, args)).out for row in rows]
     assert len(
         set(zip(outs, [(row.test, row.prune, row.target) for row in rows], strict=True))
@@ -140,8 +141,22 @@ def test_pruning_tables_and_the_size_chart(tiny_data, tmp_path, monkeypatch):
     assert again.returncode == 0 and "stage 3" not in again.stdout and lines[2] in again.stdout
 
 
-def test_the_backbone_table_names_what_it_needs(tmp_path, monkeypatch, capsys):
-    done = call(ablate, "--table", "backbone", "--dry-run")
-    assert done.returncode == 2 and "--table backbone: needs --vit FILE" in done.stderr
-    done = call(ablate, "--table", "backbone", "--dry-run", "--vit", "vit.pth", "--seeds", 1)
-    assert "--no-distilled --backbone-weights vit.pth" in done.stdout
+def test_the_backbone_table_has_the_rows_whose_weights_are_named(tmp_path):
+    command = ["--table", "backbone", "--dry-run", "--seeds", 1]
+    file = tmp_path / "vit.pth"
+    for weights, message in [
+        ([], "--table backbone: needs --weights NAME=FILE"),
+        (["--weights", f"augreg-b16={file}"], "vit.pth: no such file"),
+        (["--weights", f"vit={file}"], "expected NAME=FILE, NAME one of deit-b, small, clip-b16"),
+    ]:
+        done = call(ablate, *command, *weights)
+        assert done.returncode == 2 and message in done.stderr
+        assert done.stderr.count("\n") == 1
+    file.touch()
+    done = call(ablate, *command, "--weights", f"augreg-b16={file}", f"dinov2-b14={file}")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("python train.py")]
+    assert [line.split("--backbone ")[1].split()[:3] for line in lines] == [
+        ["deit-b", "--backbone-weights", "deit"],
+        ["dinov2-b14", "--backbone-weights", str(file)],
+        ["augreg-b16", "--backbone-weights", str(file)],
+    ]
