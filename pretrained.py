@@ -175,7 +175,8 @@ def read_file(path: str | Path) -> dict:
 def read_state(checkpoint: dict, path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of a ViT by timm's names, in float32, and the names of those left out."""
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
+    weights = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(w, Tensor) and w.layout is torch.strided for w in weights):
         raise UserError(f"{path}: holds no state dict of a ViT")
     if any(name.startswith("backbone.") for name in state):  # a checkpoint of ours
         own = {name: w for name, w in state.items() if name.startswith("backbone.")}
@@ -247,12 +248,12 @@ def fit_pos_embed(state: dict[str, Tensor], vit: ViT, image_size: tuple | None) 
     pos_embed = state["pos_embed"]
     prefix = vit.prefix_tokens if vit.embed_class else 0
     num_patches = pos_embed.shape[1] - prefix
-    patch_size = state["patch_embed.proj.weight"].shape[-1]
+    patch_size = vit.patch_embed.proj.kernel_size[0]  # a file of another one is refused later
     if image_size:
         rows, columns = (side // patch_size for side in image_size)
     else:
         rows = columns = int(max(0, num_patches) ** 0.5)
-    if (rows, columns) == vit.grid or rows * columns != num_patches:
+    if (rows, columns) == vit.grid or not rows * columns == num_patches > 0:
         return pos_embed  # where the numbers do not match, the shapes are refused later
     return resize_pos_embed(pos_embed, prefix, (rows, columns), vit.grid)
 
