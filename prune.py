@@ -367,6 +367,8 @@ def finetuning(stage: train.Stage, args: Namespace) -> train.Stage:
     for name in ("lr", "schedule"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
+    if args.lr is not None:
+        changes["backbone_lr"] = None
     return replace(stage, **changes)
 
 
