@@ -10,6 +10,8 @@ where a modality is absent; modalities (M,).
 
 import argparse
 import hashlib
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ import data
 import evaluate
 import runtime
 from extras import pictures
-from runtime import UserError, whole
+from runtime import UserError, real, whole
+
+THRESHOLD_FILE = "threshold.json"  # beside a checkpoint
 
 
 def find_samples(folder: Path, modalities: tuple[str, ...]) -> list[data.Sample]:
@@ -120,28 +124,68 @@ def read_query(words: list[str], modalities: tuple[str, ...]) -> data.Sample:
     return data.Sample("query", 0, 0, ordered)
 
 
+def read_threshold(checkpoint: str) -> tuple[float, list[str]]:
+    """The threshold that extras.verify chose for this checkpoint, and the modalities it is for."""
+    path = Path(checkpoint).with_name(THRESHOLD_FILE)
+    command = f"python -m extras.verify {checkpoint} --fmr 1e-2 --calibrate-on DIR"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; make it by {command}, or give --threshold VALUE")
+    try:
+        chosen = json.loads(path.read_text())
+        threshold, modalities = float(chosen["threshold"]), list(chosen["modalities"])
+        if not math.isfinite(threshold):
+            raise ValueError(f"threshold {threshold}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a threshold of extras.verify ({error!r}); make it anew by {command}"
+        ) from None
+    if chosen.get("checkpoint") != fingerprint(checkpoint):
+        raise UserError(
+            f"{path}: was chosen for another model than {checkpoint}; make it anew by {command}"
+        )
+    return threshold, modalities
+
+
 def query(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
     config = embedder.model.config
     gallery = read_gallery(args.gallery, args.checkpoint, embedder.model.width)
     asked = read_query(args.images, config.modalities)
+    threshold = args.threshold
+    if threshold is True:  # given without a value
+        threshold, modalities = read_threshold(args.checkpoint)
+        present = set(modalities) == set(asked.images) == set(gallery["modalities"].tolist())
+        if not present or (gallery["files"] == "").any():
+            names = ", ".join(modalities)
+            print(f"the threshold is for samples of {names}: for others its rate is not known")
     similarity = gallery["features"] @ embed(embedder, [asked])[0]
     best = np.argsort(-similarity, kind="stable")[: args.top]
-    print(f"{'rank':>4}  similarity  name")
-    matches = []
+    matches = np.zeros(len(similarity), bool) if threshold is None else similarity >= threshold
+    verdicts = np.where(matches, "match  ", "       " if threshold is not None else "")
+    print(f"{'rank':>4}  similarity  {'' if threshold is None else '       '}name")
     for position, i in enumerate(best, 1):
-        name = str(gallery["names"][i])
-        print(f"{position:>4}  {similarity[i]:>10.3f}  {name}")
+        print(f"{position:>4}  {similarity[i]:>10.3f}  {verdicts[i]}{gallery['names'][i]}")
+    if threshold is not None:
+        count = int(matches.sum()) or "none"
+        print(f"{count} of {len(matches)} samples match: similarity of {threshold:.4f} or more")
+    draw(args.picture, asked, gallery, [(i, similarity[i], matches[i]) for i in best], config)
+    print(f"{args.picture}: the query and its {len(best)} best")
+
+
+def draw(path: Path, asked: data.Sample, gallery: dict, best: list[tuple], config) -> None:
+    """The query and the best of the gallery (place, similarity, whether it matches: green)."""
+    samples = [asked]
+    for i, _, _ in best:
         files = zip(gallery["modalities"], gallery["files"][i], strict=True)
         images = {str(modality): (Path(file), None) for modality, file in files if file}
-        matches.append(data.Sample(name, 0, 0, images))
-    split = data.Split([asked, *matches], config.modalities, config.image_size)
+        samples.append(data.Sample(str(gallery["names"][i]), 0, 0, images))
+    split = data.Split(samples, config.modalities, config.image_size)
     cells = [pictures.Cell(split[0][0], ("query", ""))]
-    for position, i in enumerate(best, 1):
-        name = matches[position - 1].name[-24:]
-        lines = (f"{position}. {name}", f"similarity {similarity[i]:.3f}")
-        cells.append(pictures.Cell(split[position][0], lines))
-    pictures.sheet([cells], config.modalities, args.picture)
-    print(f"{args.picture}: the query and its {len(best)} best")
+    for position, (_, similarity, match) in enumerate(best, 1):
+        name = samples[position].name[-24:]
+        lines = (f"{position}. {name}", f"similarity {similarity:.3f}")
+        colour = pictures.RIGHT if match else pictures.PLAIN
+        cells.append(pictures.Cell(split[position][0], lines, colour))
+    pictures.sheet([cells], config.modalities, path)
 
 
 def parse() -> argparse.Namespace:
@@ -167,6 +211,9 @@ def parse() -> argparse.Namespace:
     command.add_argument("images", metavar="MODALITY=FILE", nargs="+", help=text)
     command.add_argument("--top", type=whole(1), default=10, help="matches to show")
     command.add_argument("--picture", type=Path, default=Path("search.png"), help="file to draw")
+    text = f"from which similarity on it is a match (without a value: {THRESHOLD_FILE}'s)"
+    add = command.add_argument
+    add("--threshold", nargs="?", const=True, type=real(-1, 1), metavar="VALUE", help=text)
     command.set_defaults(run=query)
     return parser.parse_args()
 
