@@ -139,6 +139,14 @@ def test_a_threshold_keeps_its_rate_on_others():
     assert np.mean(means) == pytest.approx(wanted, rel=0.15)
 
 
+def test_a_rate_is_exceeded_where_neither_set_of_identities_explains_it():
+    chosen = {"wanted_fmr": 0.01, "measured_fmr": 0.01, "interval": (0.006, 0.014)}
+    assert not verify.exceeds((0.012, 0.011, 0.013), chosen)  # the threshold is uncertain, too
+    assert not verify.exceeds((0.0149, 0.0119, 0.02), chosen)  # 3 and 4 make 5 of a thousand
+    assert verify.exceeds((0.0151, 0.0121, 0.02), chosen)
+    assert not verify.exceeds((0.001, 0.0, 0.002), chosen)
+
+
 # --- the programs
 
 
