@@ -117,7 +117,9 @@ class Rates(NamedTuple):
 
     def tpr_drawn_at(self, rate: float) -> Tensor:
         place = (self.fmr_drawn > rate).sum(1, keepdim=True)  # (R, 1)
-        return torch.nn.functional.pad(self.tpr_drawn, (0, 1)).gather(1, place)[:, 0]
+        last = self.tpr_drawn.shape[1] - 1
+        tpr = self.tpr_drawn.gather(1, place.clamp(max=last))
+        return tpr.masked_fill(place > last, 0)[:, 0]
 
     def equal_error(self) -> Interval:
         """Where FMR and 1 - TPR meet; between two thresholds their mean."""

@@ -89,8 +89,7 @@ def test_the_snippet_in_the_readme_ranks_as_evaluate(
     "config, options",
     [
         ({"fusion": "early"}, ["--modalities", "tir,rgb", "--float"]),
-        ({"fusion": "multistream", "distilled": False}, ["--modalities", "nir", "--fp16"]),
-        ({"blocks": ((2, 48),), "test_token": "data"}, ["--modalities", "rgb"]),
+        ({"blocks": ((2, 48),), "test_token": "data"}, ["--modalities", "rgb", "--fp16"]),
     ],
 )
 def test_other_models_and_options(config, options, packages, tmp_path, monkeypatch, capsys):
