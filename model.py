@@ -242,6 +242,9 @@ class CrossAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
+    # The fusion token's output is all that the loss sees, so queries are projected apart: one
+    # token's instead of all N, which is most of what an encoder layer costs
+
     def project(self, queries: Tensor, tokens: Tensor) -> list[Tensor]:
         """Queries, keys and values of each head, (B, H, Q or N, D/H)."""
         D = tokens.shape[-1]
@@ -425,7 +428,8 @@ class MultiModalModel(nn.Module):
 
     def classify(self, fusion: Tensor) -> Tensor:
         """Logits (B, C) of fusion embeddings (B, L * D), behind the BNNeck; in float32."""
-        # Not in bf16, which would round the batch's mean and variance
+        # Not in bf16, which would round the batch's mean and variance: after LayerNorm the tokens
+        # of all identities lie close together, far from 0
         with torch.autocast(fusion.device.type, enabled=False):
             return self.classifier(self.bottleneck(fusion.float()))
 
@@ -454,6 +458,7 @@ class GraFT(MultiModalModel):
         super().__init__(config, L * config.dim)
         self.backbone = self.new_backbone()
         self.encoders = nn.ModuleDict({name: self.new_encoder() for name in config.modalities})
+        # One for all modalities: it learns what to ask, each encoder what its sensor answers
         self.fusion_token = nn.Parameter(torch.empty(1, L, config.dim))
         nn.init.xavier_uniform_(self.fusion_token[0])
         num_tokens = self.backbone.num_tokens

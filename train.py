@@ -137,6 +137,8 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, cooldown: float = 
     Linear warm-up to 1 at the end of `warmup_steps`, then sqrt(warmup / step), and over the last
     `cooldown` of all steps linearly from what was reached to 0.
     """
+    # The published scheduler decays with the square root of time, so that its length need not be
+    # known beforehand; only the cool-down has to know where the end is
     warmup = max(1, warmup_steps)
     cooldown_start = total_steps - round(cooldown * total_steps)
     at = min(step, cooldown_start)
@@ -161,6 +163,8 @@ class Objective(nn.Module):
     """From images to losses: all that DistributedDataParallel has to see."""
 
     # The criterion is inside, too: its centroids train, and DDP reduces what forward has used.
+    # Anchors, positives and negatives of all modalities are one batch: the published code's nine
+    # passes of the backbone would give the same tokens for three times the kernel launches.
 
     def __init__(self, embedder: evaluate.Embedder, criterion: GraFTLoss):
         super().__init__()
@@ -176,7 +180,8 @@ class Objective(nn.Module):
         with self.autocast():
             own = self.model.encode(images)
         embeddings = mean_over_modalities(own)
-        # Labels are those of the first samples: of the anchors, or of all
+        # Only what is classified goes through the BNNeck, so its statistics are the anchors' alone,
+        # or those of all samples; labels are those of the first samples
         logits = self.model.classify(embeddings.fusion[: len(labels)])
         losses = self.criterion(embeddings, logits, labels, rows)
         if self.criterion.heads:
@@ -215,7 +220,7 @@ def make_optimizer(objective: Objective, stage: Stage, center_lr: float) -> torc
     ]
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    # One kernel for all parameters; Apple's GPUs have none
+    # One kernel for all parameters instead of five for each; Apple's GPUs have none
     fused = new[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -227,6 +232,7 @@ def make_optimizer(objective: Objective, stage: Stage, center_lr: float) -> torc
 
 def optimizer_state(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     """The optimizer's state by parameter name, so that other groups can take it up again."""
+    # torch's own state dict goes by position, which changes when stage 2 unfreezes the backbone
     named = objective.named_parameters()
     return {name: optimizer.state[p] for name, p in named if p in optimizer.state}
 
@@ -278,7 +284,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, device: torch.device, splits, model, log_size=0):
         self.args = args
         self.dataset, self.validation = splits
-        self.label_pids = self.dataset.train.pids.unique()  # label i is the identity label_pids[i]
+        # Identities are numbers with gaps, cross-entropy wants 0 to C - 1: label i is label_pids[i]
+        self.label_pids = self.dataset.train.pids.unique()
         self.embedder = evaluate.Embedder(
             model, self.dataset.mean, self.dataset.std, device, args.precision, args.workers
         )
@@ -321,7 +328,8 @@ class Run:
     def steps(self, stage: Stage) -> Iterator[Iterator["Batch"]]:
         """What is left of the epoch: of each step this rank's passes, read in that order."""
         epoch, first, rank = self.progress.epoch, self.progress.step, runtime.rank()
-        # Known beforehand, so that reading processes can run ahead of the model
+        # Known beforehand, so that reading can run ahead of the model, and a resumed run reads
+        # nothing that was used before
         order = [
             step[:, ranks[rank]].ravel().tolist()
             for step in self.step_indices(stage, epoch)[first:]
@@ -361,6 +369,7 @@ class Run:
 
         Made for the whole step, so they do not depend on the number of ranks.
         """
+        # A generator of its own: the global one is dropout's, and differs by rank
         generator = torch.Generator().manual_seed(runtime.torch_seed(*key, 0, 0))
         draws = torch.rand(3, self.args.batch_size, 7, generator=generator)
         # The same modalities in all passes: DDP reduces a parameter only if the last pass used it
@@ -431,6 +440,8 @@ def train(args: argparse.Namespace) -> dict:
     began = time.perf_counter()
     run = start_run(args)
     announce(run)
+    # Stage 1 fits the new parts to the backbone as it is; unfrozen at once, their random gradients
+    # would spoil it (section 4.1; measured in RESULTS.md)
     for stage in args.stages:
         if stage.number > run.progress.stage:
             # A new stage has a new optimizer, also in a resumed run; see D11
@@ -439,6 +450,7 @@ def train(args: argparse.Namespace) -> dict:
             train_stage(run, stage)
     if not any(stage.epochs for stage in args.stages):
         run.save({})  # or no epoch's end would have written last.pt
+    # The last weights, not the best epoch's: nothing is chosen on the test split
     metrics = run.evaluate(run.dataset.query, run.dataset.gallery)
     run.log.write("test", **metrics)
     if runtime.rank() == 0:
@@ -479,6 +491,7 @@ def train_stage(run: Run, stage: Stage) -> None:
                     raise diverged(run, stage, means)
                 optimizer.step()
                 optimizer.zero_grad()
+                # From here on the step is done, for a checkpoint and for a signal alike
                 progress.add(means)
                 log_step(run, stage, rate)
                 if stop or run.checkpoint_due(stage):
@@ -564,6 +577,8 @@ def status(sums: dict[str, Tensor], optimizer) -> tuple[dict[str, float], bool, 
 
     One reduction over the ranks and one wait for the device.
     """
+    # On a GPU the host runs ahead of the device; each value that it asks for stops it. So losses,
+    # divergence and signals, which all ranks must see alike, cross together
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     # One number says whether all gradients are finite; a non-finite loss makes them so, too
     norm = torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None])
@@ -641,7 +656,7 @@ def stopped(run: Run, stage: Stage) -> runtime.Stopped:
 def start_run(args: argparse.Namespace) -> Run:
     """Data, model and losses as `args` say, or as the checkpoint that is resumed."""
     device = runtime.start(args.device, args.deterministic)
-    # Before anything is written, so that a mistake leaves no trace
+    # All that can be refused is refused before anything is written: a mistake leaves no trace
     last = refuse_occupied(args)
     torch.manual_seed(args.seed)
     splits = load_splits(args)
@@ -692,6 +707,7 @@ def load_splits(args: argparse.Namespace) -> tuple[data.Dataset, tuple | None]:
 
 def check_batches(args: argparse.Namespace, dataset: data.Dataset) -> None:
     """Refuse what cannot be trained on, before anything is written."""
+    # Run makes another: OUT exists only when this one could be made
     make_sampler(args, dataset)  # raises where the data has no triplets
     shares = data.share_out(args.batch_size, args.per_pass, runtime.world_size())
     smallest = min(ranks[-1].stop - ranks[0].start for ranks in shares)
@@ -714,7 +730,8 @@ def backbone_row(args: argparse.Namespace) -> dict:
     return {"distilled": not args.no_distilled, **BACKBONES[args.backbone]}
 
 
-# What an epoch's triplets depend on: it cannot change in the middle of one
+# What an epoch's triplets depend on: it cannot change in the middle of one, or the steps that are
+# left would not be those that were announced
 EPOCH_SETTINGS = ("seed", "sampling", "batch_size", "positives", "epoch_steps")
 
 
@@ -763,6 +780,7 @@ def check_resumable(
 def announce(run: Run) -> None:
     """Print and log what is about to happen."""
     args, ranks = run.args, runtime.world_size()
+    # What is needed to run it again, in the log and on the screen
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
     versions["python"] = platform.python_version()
     runtime.print0("settings:", settings(args))
@@ -826,6 +844,7 @@ def make_stage(args: argparse.Namespace, number: int) -> Stage:
 
 
 def check_combinations(args: argparse.Namespace) -> None:
+    # The hardest pair of a batch is found by the labels of all its samples
     if args.triplet == "hardest" and args.cross_entropy != "all":
         raise UserError("--triplet hardest needs the labels of all samples: --cross-entropy all")
     if args.sampling == "identities" and args.triplet != "hardest":
