@@ -401,18 +401,26 @@ def chart(rows: list[tuple[Row, list[dict]]], path: Path) -> None:
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = runtime.Parser(__doc__)
     add = parser.add_argument
-    add("--table", required=True, choices=TABLES, nargs="+")
+    add("--table", required=True, choices=(*TABLES, "all"), nargs="+")
     add("--seeds", metavar="N", type=whole(1), default=3, help="runs a row, seeds 0, 1, ...")
     add("--seed", type=whole(0), default=0, help="the first seed")
     add("--short", action="store_true", help=f"a smoke test: {SHORT}")
     add("--dry-run", action="store_true", help="print the commands alone")
     add("--out", type=Path, metavar="DIR", default=Path("runs/ablate"))
+    text = "keep each table's figures in DIR/TABLE.json (default: OUT)"
+    add("--keep", type=Path, metavar="DIR", help=text)
+    text = "print the tables of the figures kept in DIR, train nothing"
+    add("--from", type=Path, metavar="DIR", dest="from_", help=text)
     text = "draw mAP over parameters of the tables' rows, as Fig. 1 does (matplotlib)"
     add("--chart", type=Path, metavar="FILE", help=text)
     text = "rows of the backbone table, e.g. augreg-b16=vit.pth (deit-b: by default fetched)"
     add("--weights", metavar="NAME=FILE", nargs="+", default=[], help=text)
     args, common = parser.parse_known_args()
-    if "backbone" in args.table and not args.weights:
+    if "all" in args.table:  # without the backbones, unless their weights are named
+        args.table = [key for key in TABLES if key != "backbone" or args.weights or args.from_]
+    if args.from_ and not args.from_.is_dir():
+        raise UserError(f"--from {args.from_}: no such folder; expected one of --keep")
+    if "backbone" in args.table and not (args.weights or args.from_):
         raise UserError("--table backbone: needs --weights NAME=FILE, e.g. augreg-b16=vit.pth")
     args.weights = {"deit-b": "deit", **dict(map(read_weights, args.weights))}
     return args, [*(SHORT.split() if args.short else []), *common]
@@ -428,32 +436,76 @@ def read_weights(text: str) -> tuple[str, str]:
     return name, file
 
 
+def train_table(key: str, common: list[str], args: argparse.Namespace) -> dict[str, dict]:
+    """Every row and seed of a table: label -> {seed: figures}, which a file keeps, too.
+
+    It is written after each run, beside what other seeds left there.
+    """
+    path = table_file(args.keep or args.out, key, common)
+    table, options = TABLES[key], " ".join(common)
+    results = read_table(path)["results"] if path.exists() else {}
+    for row in rows_of(key, args):
+        for seed in range(args.seed, args.seed + args.seeds) if row.flags is not None else ():
+            words = command(row, common, seed, args)
+            runtime.print0(f"\n{row.label}: {shown(row, words)}")
+            metrics = run(row, words)
+            results.setdefault(row.label, {})[str(seed)] = metrics
+            if runtime.rank() == 0:
+                runtime.make_folder(path.parent, "--keep")
+                content = {"table": table.title, "options": options, "results": results}
+                runtime.write_json(path, content)
+    return results
+
+
+def table_file(folder: Path, key: str, common: list[str]) -> Path:
+    """Where a table's figures are kept; figures under other options for all rows stand apart."""
+    return folder / f"{slug(' '.join([key, *common]))}.json"
+
+
+def read_table(path: Path) -> dict:
+    """What train_table wrote. Raises UserError for anything else."""
+    try:
+        content = json.loads(path.read_text())
+        for figures in content["results"].values():
+            assert all(metrics.keys() >= {*FIGURES, "params"} for metrics in figures.values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{path}: not a file of ablate.py's figures ({error!r}); name the folder of --keep"
+        ) from None
+    return content
+
+
+def rows_of(key: str, args: argparse.Namespace) -> list[Row]:
+    """The rows of a table; of the backbones those whose weights were named."""
+    rows = TABLES[key].rows
+    return [row for row in rows if key != "backbone" or args.from_ or row.label in args.weights]
+
+
 @runtime.program
 def main() -> None:
     args, common = parse()
     device = train.parse(common).device  # refuses train.py's mistakes before anything is trained
-    if not args.dry_run:
+    if args.dry_run:
+        for key in args.table:
+            for row in rows_of(key, args):
+                for seed in (
+                    range(args.seed, args.seed + args.seeds) if row.flags is not None else ()
+                ):
+                    print(shown(row, command(row, common, seed, args)))
+        return
+    if not args.from_:
         runtime.start(device)
-    seeds = range(args.seed, args.seed + args.seeds)
     for key in args.table:
-        table, measured = TABLES[key], []
-        for row in table.rows:
-            if key == "backbone" and row.label not in args.weights:
-                continue
-            results = []
-            for seed in seeds if row.flags is not None else ():
-                words = command(row, common, seed, args)
-                if args.dry_run:
-                    print(shown(row, words))
-                    continue
-                runtime.print0(f"\n{row.label}: {shown(row, words)}")
-                results.append(run(row, words))
-            measured.append((row, results))
-        if args.dry_run:
+        kept = args.from_ and table_file(args.from_, key, common)
+        if kept and not kept.exists():
             continue
+        results = read_table(kept)["results"] if kept else train_table(key, common, args)
+        measured = [(row, list(results.get(row.label, {}).values())) for row in rows_of(key, args)]
+        seeds = sorted({len(figures) for _, figures in measured if figures})
         head = ["", "parameters", *(f"{name} %" for name in FIGURES)]
         head.append("paper: parameters: mAP / R1 / R5 / R10")
-        runtime.print0(f"\n{table.title}; {args.seeds} seeds, mean ± standard deviation\n")
+        count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) if seeds else "no"
+        runtime.print0(f"\n{TABLES[key].title}; {count} seeds, mean ± standard deviation\n")
         runtime.print0(runtime.markdown([head, *(cells(*line) for line in measured)]))
         if args.chart and runtime.rank() == 0:
             chart(measured, args.chart)

@@ -4,6 +4,7 @@ Every row trains, finished rows are kept, and the figures are those of the runs.
 """
 
 import json
+import shutil
 from argparse import Namespace
 from functools import partial
 from statistics import mean, stdev
@@ -98,6 +99,15 @@ def test_table_7_end_to_end_and_what_is_done_is_kept(tiny_data, tmp_path):
     assert before == {
         folder: (folder / "last.pt").stat().st_mtime_ns for folder in folders
     }  # nothing trained again
+    # The figures alone make the table again
+    for folder in folders:
+        shutil.rmtree(folder)
+    (kept,) = tmp_path.glob("7-*.json")
+    command = json.loads(kept.read_text())["options"].split()
+    assert table("--table", "all", "--from", tmp_path, *command) == first
+    kept.write_text('{"results": {"N": {"0": {"mAP": 1}}}}')
+    done = call(ablate, "--table", 7, "--from", tmp_path, *command)
+    assert done.returncode == 2 and f"{kept}: not a file of ablate.py's figures" in done.stderr
 
 
 def test_one_model_on_every_subset_by_two_processes(tiny_data, tmp_path):
