@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -460,11 +460,12 @@ def main() -> None:
     fill_from_training(args, checkpoint["settings"])
     runtime.print0("settings:", vars(args))
     trained, pairs = model.config.modalities, chosen_pairs(args)
-    if unknown := [name for name in chain(*chain(*pairs)) if name not in trained]:
-        raise UserError(
-            f"modality {', '.join(dict.fromkeys(unknown))}: the model was trained on"
-            f" {','.join(trained)}"
-        )
+    for option in ("modalities", "query_modalities", "gallery_modalities"):
+        if unknown := [name for name in getattr(args, option) or () if name not in trained]:
+            raise UserError(
+                f"--{option.replace('_', '-')} {','.join(unknown)}: the model was trained on"
+                f" {','.join(trained)}"
+            )
     if args.attention and model.config.fusion != "graft":
         fusion = model.config.fusion
         raise UserError(f"--attention: a model with --fusion {fusion} has no fusion tokens")
