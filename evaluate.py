@@ -103,14 +103,14 @@ def rank_by(
         similarity = similarities(rows.start, rows.stop)  # (rows, G)
         # The samples of each query's pid in a table (rows, K); past its end the last of them again
         k = torch.arange(1, K + 1, device=query_pids.device)
-        place = first[rows] + k - 1
-        column = order[torch.minimum(place, last[rows] - 1)]
-        match = (place < last[rows]) & (query_keys[rows, None] != gallery_keys[column])
+        position = first[rows] + k - 1
+        column = order[torch.minimum(position, last[rows] - 1)]
+        match = (position < last[rows]) & (query_keys[rows, None] != gallery_keys[column])
         hits = similarity.gather(1, column).masked_fill_(~match, -torch.inf)
         hits = sort_rows(hits).flip(1)  # best first
         # The rank of the k-th match is k + the wrong samples that are at least as close
-        wrong = similarity.scatter_(1, column, -torch.inf)
-        rank = k + count_ahead(wrong, hits)
+        negatives = similarity.scatter_(1, column, -torch.inf)
+        rank = k + count_ahead(negatives, hits)
         count = match.sum(1)
         filled = k <= count[:, None]
         found[0, rows] = (filled * k / rank.double()).sum(1) / count  # NaN without a match
@@ -139,38 +139,38 @@ def sort_rows(x: Tensor) -> Tensor:
     return x
 
 
-def count_ahead(wrong: Tensor, hits: Tensor) -> Tensor:
-    """How many of a row of `wrong` (rows, G) are at least as large as each of its `hits` (rows, K).
+def count_ahead(negatives: Tensor, hits: Tensor) -> Tensor:
+    """How many `negatives` (rows, G) are at least as large as each of a row's `hits` (rows, K).
 
     On CPUs in all threads, by sorted pieces of a row instead of the sorted row, where K is small.
     """
-    if wrong.device.type != "cpu" or hits.shape[1] > PIECE:
-        return wrong.shape[1] - torch.searchsorted(sort_rows(wrong), hits)
+    if negatives.device.type != "cpu" or hits.shape[1] > PIECE:
+        return negatives.shape[1] - torch.searchsorted(sort_rows(negatives), hits)
     threads = torch.get_num_threads()
-    parts = max(threads, len(wrong) // 128)
-    arrays = ([part.numpy() for part in x.chunk(parts)] for x in (wrong, hits))
+    # A large part each: between its loops NumPy runs one thread only
+    arrays = ([part.numpy() for part in x.chunk(threads)] for x in (negatives, hits))
     with ThreadPoolExecutor(threads) as pool:
         return torch.from_numpy(np.concatenate(list(pool.map(count_by_pieces, *arrays))))
 
 
-def count_by_pieces(wrong: np.ndarray, hits: np.ndarray) -> np.ndarray:
+def count_by_pieces(negatives: np.ndarray, hits: np.ndarray) -> np.ndarray:
     """count_ahead of one thread's rows: each piece is sorted, every hit is searched in all."""
-    ahead, real = np.full(hits.shape, wrong.shape[1]), hits > -np.inf
+    ahead, real = np.full(hits.shape, negatives.shape[1]), hits > -np.inf
     row, hits = real.nonzero()[0], hits[real]
-    pieces = max(1, 256 // len(wrong))  # of each row at a time: few enough to stay in the cache
+    pieces = max(1, 256 // len(negatives))  # of each row at a time: few enough to stay in the cache
     width = pieces * PIECE
-    part = np.empty((len(wrong), width), wrong.dtype)
+    part = np.empty((len(negatives), width), negatives.dtype)
     base = row * width + np.arange(0, width, PIECE)[:, None]  # (pieces, hits): places in part
     larger = np.zeros(len(hits), np.int64)
-    for start in range(0, wrong.shape[1], width):
-        rest = wrong[:, start : start + width]
+    for start in range(0, negatives.shape[1], width):
+        rest = negatives[:, start : start + width]
         part[:, : rest.shape[1]] = rest
         part[:, rest.shape[1] :] = -np.inf
         part.reshape(-1, PIECE).sort(1)
-        place = base.copy()
+        position = base.copy()
         for step in (256, 128, 64, 32, 16, 8, 4, 2, 1):  # a binary search, of all hits at once
-            place += step * (part.take(place + (step - 1)) < hits)
-        larger += (base + PIECE - place).sum(0)
+            position += step * (part.take(position + (step - 1)) < hits)
+        larger += (base + PIECE - position).sum(0)
     ahead[real] = larger
     return ahead
 
