@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -268,19 +269,22 @@ def open_store(split: Split) -> dict[str, Tensor] | None:
         missing = [modality for modality, file in files.items() if not file.exists()]
         if missing and runtime.local_rank() == 0:
             fill_store(split, {modality: files[modality] for modality in missing})
-    if not all(file.exists() for file in files.values()):
-        return None
     images = {}
     for modality, file in files.items():
-        os.utime(file)  # what was used last is removed last
-        # Private pages, of which none is ever written: torch wants an array that could be
-        images[modality] = torch.from_numpy(np.load(file, mmap_mode="c"))
+        try:
+            # Private pages, of which none is ever written: torch wants an array that could be
+            images[modality] = torch.from_numpy(np.load(file, mmap_mode="c"))
+            os.utime(file)  # what was used last is removed last
+        except OSError:  # not made, or removed by another run since
+            return None
+        except ValueError as error:
+            raise UserError(f"{file}: damaged ({error}); delete it, it is made anew") from None
     return images
 
 
 def store_files(split: Split) -> dict[str, Path]:
     """Each modality's file, named after all that it depends on: the images' paths, sizes, times."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     states: dict[Path, str] = {}
     files = {}
     for modality in split.modalities:
@@ -337,6 +341,9 @@ def make_room(folder: Path, size: int, store_gb: float) -> str:
         return f"--store {store_gb:g}"
     if size > runtime.available_memory():  # pages that do not stay are read from disk each time
         return "the memory that is free"
+    for unfinished in folder.glob("tmp*"):  # of a process that was killed
+        if time.time() - unfinished.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(unfinished, ignore_errors=True)
     kept = sorted(folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
     total = sum(file.stat().st_size for file in kept)
     while kept and (total + size > limit or size > shutil.disk_usage(folder).free / 2):

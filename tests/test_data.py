@@ -6,6 +6,7 @@ for, and that modalities are augmented together.
 
 import contextlib
 import multiprocessing
+import os
 import re
 import time
 from collections import Counter
@@ -424,6 +425,23 @@ def test_what_does_not_fit_is_read_each_time(tmp_path, store, monkeypatch, capsy
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load(1).decoded is None and "cannot be kept" in capsys.readouterr().err
+
+
+def test_a_damaged_store_and_what_a_killed_process_left(tmp_path, store):
+    write_noise(tmp_path)
+    stored = data.load_dataset("rgbnt100", tmp_path, None, (12, 20), 1).train
+    assert stored.decoded
+    for name, age in (("tmpold", 2 * 24 * 3600), ("tmpnew", 60)):
+        (store / name).mkdir()
+        (store / name / "x.npy").write_bytes(b"x")
+        os.utime(store / name, (0, time.time() - age))
+    assert data.load_dataset("rgbnt100", tmp_path, None, (12, 18), 1).train.decoded
+    assert not (store / "tmpold").exists() and (store / "tmpnew").exists()
+    file = data.store_files(stored)["nir"]
+    file.write_bytes(file.read_bytes()[:-100])
+    again = data.load_dataset("rgbnt100", tmp_path, None, (12, 20), 1).train
+    with pytest.raises(UserError, match=f"{file}: damaged .*; delete it, it is made anew"):
+        again.decoded  # noqa: B018
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
