@@ -388,7 +388,7 @@ def stream(
     loader = torch.utils.data.DataLoader(
         split,
         batch_sampler=batches,
-        num_workers=min(workers, len(batches) - 1),  # none for a single batch
+        num_workers=max(0, min(workers, len(batches) - 1)),  # none for a single batch
         collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=runtime.ignore_signals,

@@ -43,7 +43,7 @@ def read(path) -> dict:
 
 
 MODELS = {fusion: ["--fusion", fusion] for fusion in baselines.FUSIONS}
-MODELS["plus"] = ["--recipe", "plus", "--schedule", "cosine", "cosine"]
+MODELS["plus"] = ["--recipe", "plus", "--schedule", "cosine", "cosine", "--modality-losses", 1]
 
 
 @pytest.fixture(scope="module", params=MODELS)
