@@ -300,6 +300,7 @@ class Run:
         self.shares = data.share_out(args.batch_size, args.per_pass, runtime.world_size())
         self.progress, self.stored_optimizer = Progress(), None
         self.checkpoint_path: Path | None = args.out / "last.pt"
+        self.after_epoch = lambda: None  # when it is saved; what it raises ends the run
         # All that could be refused has been by now: from here on OUT is this run's
         if runtime.rank() == 0:
             runtime.make_folder(args.out, "--out")
@@ -440,16 +441,7 @@ def train(args: argparse.Namespace) -> dict:
     began = time.perf_counter()
     run = start_run(args)
     announce(run)
-    # Stage 1 fits the new parts to the backbone as it is; unfrozen at once, their random gradients
-    # would spoil it (section 4.1; measured in RESULTS.md)
-    for stage in args.stages:
-        if stage.number > run.progress.stage:
-            # A new stage has a new optimizer, also in a resumed run; see D11
-            run.progress, run.stored_optimizer = Progress(stage.number), None
-        if stage.number == run.progress.stage and run.progress.epoch < stage.epochs:
-            train_stage(run, stage)
-    if not any(stage.epochs for stage in args.stages):
-        run.save({})  # or no epoch's end would have written last.pt
+    train_stages(run)
     # The last weights, not the best epoch's: nothing is chosen on the test split
     metrics = run.evaluate(run.dataset.query, run.dataset.gallery)
     run.log.write("test", **metrics)
@@ -462,11 +454,25 @@ def train(args: argparse.Namespace) -> dict:
     return metrics
 
 
+def train_stages(run: Run) -> None:
+    """What is left of both stages; the test split is not looked at."""
+    # Stage 1 fits the new parts to the backbone as it is; unfrozen at once, their random gradients
+    # would spoil it (section 4.1; measured in RESULTS.md)
+    for stage in run.args.stages:
+        if stage.number > run.progress.stage:
+            # A new stage has a new optimizer, also in a resumed run; see D11
+            run.progress, run.stored_optimizer = Progress(stage.number), None
+        if stage.number == run.progress.stage and run.progress.epoch < stage.epochs:
+            train_stage(run, stage)
+    if not any(stage.epochs for stage in run.args.stages):
+        run.save({})  # or no epoch's end would have written last.pt
+
+
 @runtime.deferred_signals()
 def train_stage(run: Run, stage: Stage) -> None:
     """Train a stage from run.progress on, and save after each epoch.
 
-    Raises UserError where a loss or gradient is not finite, before it touches a weight, and Stopped
+    Raises Diverged where a loss or gradient is not finite, before it touches a weight, and Stopped
     on a signal, when the step is finished and saved.
     """
     progress = run.progress
@@ -503,6 +509,7 @@ def train_stage(run: Run, stage: Stage) -> None:
         # A signal may have come after the last step, and only to some ranks
         if runtime.any_rank(runtime.noted_signal() > 0):
             raise stopped(run, stage)
+        run.after_epoch()
 
 
 def begin_stage(run: Run, stage: Stage) -> tuple[Objective, torch.optim.AdamW]:
@@ -620,7 +627,11 @@ def end_epoch(run: Run, stage: Stage, steps: int, seconds: float) -> None:
     runtime.print0(f"stage {stage.number} {epochs}  {shown}  ({speed} triplets/s)")
 
 
-def diverged(run: Run, stage: Stage, means: dict[str, float]) -> UserError:
+class Diverged(UserError):
+    """A loss or gradient was not finite: mostly a matter of the settings."""
+
+
+def diverged(run: Run, stage: Stage, means: dict[str, float]) -> Diverged:
     """What to say of a step that is not finite; the log gets the names of all ranks' samples."""
     progress = run.progress
     # A bad sample is in another rank's share as likely as in this one's
@@ -630,7 +641,7 @@ def diverged(run: Run, stage: Stage, means: dict[str, float]) -> UserError:
     run.log.write("not finite", **place, losses=str(means), batch=names)
     where = ", ".join(f"{name} {value}" for name, value in place.items())
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return UserError(
+    return Diverged(
         f"{where}: loss or gradient is not finite; losses {means}; samples {shown}, all in"
         f" {run.log.path}; the weights are untouched and {run.args.out}/last.pt, if there, is good:"
         " look at the samples, lower --lr, or try --precision fp32"
@@ -655,6 +666,17 @@ def stopped(run: Run, stage: Stage) -> runtime.Stopped:
 
 def start_run(args: argparse.Namespace) -> Run:
     """Data, model and losses as `args` say, or as the checkpoint that is resumed."""
+    device, splits, model, checkpoint = prepare(args)
+    log_size = checkpoint["progress"]["log_size"] if checkpoint else 0
+    # What the log holds beyond the checkpoint is written again by the steps that are done again
+    run = Run(args, device, splits, model, log_size)
+    if checkpoint:
+        run.load(checkpoint)
+    return run
+
+
+def prepare(args: argparse.Namespace) -> tuple:
+    """Device, splits, model and, to resume, checkpoint. Refuses mistakes, and writes nothing."""
     device = runtime.start(args.device, args.deterministic)
     # All that can be refused is refused before anything is written: a mistake leaves no trace
     last = refuse_occupied(args)
@@ -676,12 +698,7 @@ def start_run(args: argparse.Namespace) -> Run:
         more = f" and {len(dropped) - 8} more" if len(dropped) > 8 else ""  # CLIP's text tower
         left_out = (", ".join(dropped[:8]) or "nothing") + more
         runtime.print0(f"backbone from {args.backbone_weights}; left out: {left_out}")
-    log_size = checkpoint["progress"]["log_size"] if checkpoint else 0
-    # What the log holds beyond the checkpoint is written again by the steps that are done again
-    run = Run(args, device, splits, model, log_size)
-    if checkpoint:
-        run.load(checkpoint)
-    return run
+    return device, splits, model, checkpoint
 
 
 def refuse_occupied(args: argparse.Namespace) -> Path:
