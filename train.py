@@ -441,7 +441,12 @@ def train(args: argparse.Namespace) -> dict:
     began = time.perf_counter()
     run = start_run(args)
     announce(run)
-    train_stages(run)
+    # Stage 1 fits the new parts to the backbone as it is; unfrozen at once, their random gradients
+    # would spoil it (section 4.1; measured in RESULTS.md)
+    for stage in args.stages:
+        train_stage(run, stage)
+    if not any(stage.epochs for stage in args.stages):
+        run.save({})  # or no epoch's end would have written last.pt
     # The last weights, not the best epoch's: nothing is chosen on the test split
     metrics = run.evaluate(run.dataset.query, run.dataset.gallery)
     run.log.write("test", **metrics)
@@ -454,28 +459,19 @@ def train(args: argparse.Namespace) -> dict:
     return metrics
 
 
-def train_stages(run: Run) -> None:
-    """What is left of both stages; the test split is not looked at."""
-    # Stage 1 fits the new parts to the backbone as it is; unfrozen at once, their random gradients
-    # would spoil it (section 4.1; measured in RESULTS.md)
-    for stage in run.args.stages:
-        if stage.number > run.progress.stage:
-            # A new stage has a new optimizer, also in a resumed run; see D11
-            run.progress, run.stored_optimizer = Progress(stage.number), None
-        if stage.number == run.progress.stage and run.progress.epoch < stage.epochs:
-            train_stage(run, stage)
-    if not any(stage.epochs for stage in run.args.stages):
-        run.save({})  # or no epoch's end would have written last.pt
-
-
 @runtime.deferred_signals()
 def train_stage(run: Run, stage: Stage) -> None:
-    """Train a stage from run.progress on, and save after each epoch.
+    """Train what is left of a stage after run.progress, and save after each epoch.
 
     Raises Diverged where a loss or gradient is not finite, before it touches a weight, and Stopped
     on a signal, when the step is finished and saved.
     """
+    if stage.number > run.progress.stage:
+        # A new stage has a new optimizer, also in a resumed run; see D11
+        run.progress, run.stored_optimizer = Progress(stage.number), None
     progress = run.progress
+    if progress.stage > stage.number or progress.epoch >= stage.epochs:
+        return
     objective, optimizer = begin_stage(run, stage)
     # With modality dropout a step leaves the encoder of a dropped modality out
     parallel = on_all_ranks(objective, unused=run.args.modality_dropout > 0)

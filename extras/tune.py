@@ -216,7 +216,8 @@ def train_trial(study, args: argparse.Namespace, trial, words: list[str]) -> Non
         run.after_epoch = watch
         train.announce(run)
         watch()
-        train.train_stages(run)
+        for stage in own.stages:
+            train.train_stage(run, stage)
         value = validation(own.out)[-1]
         print(f"trial {trial.number}: validation mAP {100 * value:.1f}")
     except optuna.TrialPruned:
