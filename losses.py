@@ -36,11 +36,14 @@ def triplet_soft_margin(
     return F.softplus(to_positive - to_negative).mean()
 
 
-def triplet_hardest(features: Tensor, labels: Tensor, squared: bool = True) -> Tensor:
+def triplet_hardest(
+    features: Tensor, labels: Tensor, squared: bool = True, margin: float | None = None
+) -> Tensor:
     """The same loss for each sample of a batch, with its farthest positive and nearest negative.
 
-    features (N, D), labels (N,). Not the paper's: Hermans et al. 2017, for `--recipe plus`. A
-    sample without a positive or without a negative in the batch is left out.
+    features (N, D), labels (N,). Not the paper's: Hermans et al. 2017, for `--recipe plus` and
+    HAMNet, whose `margin` is a hard one: max(0, d(a, p) - d(a, n) + margin). A sample without a
+    positive or without a negative in the batch is left out.
     """
     features = features.float()
     # Not by matrix products: they lose the small distances, and their gradient at 0 is NaN.
@@ -51,8 +54,9 @@ def triplet_hardest(features: Tensor, labels: Tensor, squared: bool = True) -> T
     counted = positive.any(1) & ~same.all(1)
     farthest = pairs.masked_fill(~positive, -torch.inf).amax(1)
     nearest = pairs.masked_fill(same, torch.inf).amin(1)
-    margin = torch.where(counted, farthest - nearest, -torch.inf)  # softplus(-inf) = 0
-    return F.softplus(margin).sum() / counted.sum().clamp(min=1)
+    gap = torch.where(counted, farthest - nearest, -torch.inf)  # softplus(-inf) = relu(-inf) = 0
+    losses = F.softplus(gap) if margin is None else F.relu(gap + margin)
+    return losses.sum() / counted.sum().clamp(min=1)
 
 
 class CenterLoss(nn.Module):
@@ -105,7 +109,7 @@ class GraFTLoss(nn.Module):
         if scheme not in (*SCHEMES, "hardest"):
             expected = ", ".join((*SCHEMES, "hardest"))
             raise ValueError(f"triplet scheme {scheme!r}: expected one of {expected}")
-        self.scheme, self.squared = scheme, squared
+        self.scheme, self.squared, self.margin = scheme, squared, None
         self.center = CenterLoss(num_ids, dim, center_squared)
         heads = {name: nn.Sequential(*new_head(dim, num_ids)) for name in modalities}
         self.heads, self.modality_weight = nn.ModuleDict(heads), 1.0
@@ -156,7 +160,8 @@ class GraFTLoss(nn.Module):
         """Eq. (8) on the scheme's tokens, or on the hardest triplets of all ranks' samples."""
         if self.scheme == "hardest":
             features = runtime.all_rows(embeddings.fusion, rows)
-            return triplet_hardest(features, runtime.all_rows(labels, rows), self.squared)
+            labels = runtime.all_rows(labels, rows)
+            return triplet_hardest(features, labels, self.squared, self.margin)
         tokens = {"F": embeddings.fusion.chunk(3), "D": embeddings.data.chunk(3)}
         roles = [tokens[token][role] for role, token in enumerate(self.scheme)]
         return triplet_soft_margin(*roles, squared=self.squared)

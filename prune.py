@@ -324,7 +324,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     text = "of finetuning; published code: 2e-6 (default: that of stage 2, like all its settings)"
     add("--lr", metavar="LR", type=real(0), help=text)
     text = "of finetuning; published code: cosine (default: that of stage 2)"
-    add("--schedule", choices=("sqrt", "cosine", "constant"), help=text)
+    add("--schedule", choices=train.SCHEDULES, help=text)
     text = "the data set's folder or its parent (default: as in training)"
     add("--data-root", metavar="DIR", help=text)
     text = "(default: pruned, or structured, beside CKPT)"

@@ -172,6 +172,8 @@ class Objective(nn.Module):
 
     def forward(
         self, images: dict[str, Tensor], labels: Tensor, rows: tuple[int, ...] = ()
+SCHEDULES = ("sqrt", "cosine", "steps", "constant")
+
     ) -> dict[str, Tensor]:
         """images (3B, 3, H, W) of anchors, positives, negatives; labels of the anchors, or of all.
 
@@ -197,6 +199,13 @@ def on_all_ranks(objective: Objective, unused: bool = False) -> nn.Module:
         return objective
     # Buffers need no sending: BatchNorm's are computed from all ranks' samples, masks never change.
     # torch has renamed the option.
+def step_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """As lr_factor: linear warm-up, then a tenth from 40/120 of all steps on, and again from 70/120
+    on; HAMNet's published code."""
+    drops = sum(120 * step >= epoch * total_steps for epoch in (40, 70))
+    return min(1.0, (step + 1) / max(1, warmup_steps)) * 0.1**drops
+
+
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options = {sync: False, "gradient_as_bucket_view": True, "find_unused_parameters": unused}
@@ -294,7 +303,7 @@ class Run:
         if args.modality_losses:
             heads = model.config.modalities
         self.criterion = GraFTLoss(*sizes, args.triplet, *distances, heads).to(device)
-        self.criterion.modality_weight = args.modality_losses
+        self.criterion.modality_weight, self.criterion.margin = args.modality_losses, args.margin
         self.sampler = make_sampler(args, self.dataset)
         # Only here does the number of ranks matter: everything else is the step's, not a rank's
         self.shares = data.share_out(args.batch_size, args.per_pass, runtime.world_size())
@@ -429,8 +438,10 @@ class Run:
 
 
 def make_sampler(args: argparse.Namespace, dataset: data.Dataset) -> data.TripletSampler:
-    kind = data.IdentitySampler if args.sampling == "identities" else data.TripletSampler
-    return kind(dataset.train.pids, args.batch_size, args.positives, args.seed)
+    common = (dataset.train.pids, args.batch_size, args.positives, args.seed)
+    if args.sampling == "identities":
+        return data.IdentitySampler(*common, args.samples)
+    return data.TripletSampler(*common)
 
 
 # --- training
@@ -597,6 +608,8 @@ def log_step(run: Run, stage: Stage, rate: float) -> None:
     """Every --log-every steps: the means since the last such line, so the log tells a curve."""
     progress, every = run.progress, run.args.log_every
     every = every or max(1, run.stage_steps(stage) // 100)
+    if stage.schedule == "steps":
+        return step_factor(step, total_steps, args.warmup_steps)
     step = progress.epoch * run.epoch_steps(stage) + progress.step
     if step % every:
         return
@@ -745,7 +758,7 @@ def backbone_row(args: argparse.Namespace) -> dict:
 
 # What an epoch's triplets depend on: it cannot change in the middle of one, or the steps that are
 # left would not be those that were announced
-EPOCH_SETTINGS = ("seed", "sampling", "batch_size", "positives", "epoch_steps")
+EPOCH_SETTINGS = ("seed", "sampling", "samples", "batch_size", "positives", "epoch_steps")
 
 
 def check_resumable(
@@ -906,7 +919,7 @@ def add_data_options(group) -> None:
     data.add_options(group)
     option("--image-size", (224, 224), whole(1, 4096), "height, width; paper, 5.2", ("H", "W"))
     option("--positives", 8, whole(1), "triplets an anchor, each with another one; paper, 5.2")
-    text = "identities: 6 samples of each identity, for --triplet hardest"
+    text = "identities: --samples of each identity, for --triplet hardest"
     option("--sampling", "triplets", ("triplets", "identities"), text)
     text = "probability of a horizontal and a vertical flip; paper, 5.2, the numbers are ours"
     option("--flips", (0.5, 0.5), real(0, 1), text, ("P", "P"))
@@ -966,6 +979,7 @@ def add_optimisation_options(group) -> None:
     option("--epoch-steps", (0, 0), whole(0), "end an epoch early; 0: after all triplets")
     text = "triplets of a step, over all ranks; paper, 5.2: 8 GPUs x 26"
     option("--batch-size", 208, whole(1), text)
+    option("--samples", 6, whole(2), "of each identity, of --sampling identities")
     text = "triplets that a rank takes at once; more are taken in several passes"
     option("--per-pass", 26, whole(1), text)
     option("--lr", (2.54e-5, 5e-6), real(0), "AdamW's rate at its peak; published code, paper 5.2")
@@ -973,9 +987,9 @@ def add_optimisation_options(group) -> None:
     option("--weight-decay", (0.05, 0.0013), real(0), "AdamW's; published code")
     text = "AdamW's, two of each stage; published code"
     option("--adam-betas", (0.839, 0.978, 0.836, 0.979), real(0, 0.999999), text, ("B",) * 4)
-    text = "sqrt: warm-up, decay, cool-down; paper, 5.2"
-    option("--schedule", ("sqrt", "constant"), ("sqrt", "cosine", "constant"), text)
-    option("--warmup-steps", 500, whole(0), "of the sqrt and cosine schedules; published code")
+    text = "sqrt: warm-up, decay, cool-down; paper, 5.2; steps: HAMNet's"
+    option("--schedule", ("sqrt", "constant"), SCHEDULES, text)
+    option("--warmup-steps", 500, whole(0), "of all schedules but constant; published code")
     text = "share of the steps at the end of the sqrt schedule; paper, 5.2"
     option("--cooldown", 0.1, real(0, 1), text)
     option("--center-lr", 1e-3, real(0), "rate of the centroids, see D10")
@@ -1002,3 +1016,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    text = "margin of the hardest triplets (default: a soft one, Eq. (8))"
+    option("--margin", None, real(0), text)
