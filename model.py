@@ -117,7 +117,26 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class ViT(nn.Module):
+class Backbone(nn.Module):
+    """What is pretrained, and is frozen or trained as a whole."""
+
+    frozen = False
+    checkpointing = False  # recompute blocks in the backward pass: less memory, more time
+
+    def freeze(self, frozen: bool) -> None:
+        """A frozen one has neither gradients nor a graph, and `train` leaves it in eval mode."""
+        self.frozen = frozen
+        self.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        return super().train(mode and not self.frozen)
+
+    def graph(self):
+        """Context of a forward pass: frozen, no graph is built at all."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
+
+
+class ViT(Backbone):
     """Vision Transformer (Dosovitskiy et al. 2021), with DeiT's distillation token if `distilled`.
 
     (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, distillation, registers, then
@@ -152,8 +171,6 @@ class ViT(nn.Module):
             raise UserError(f"width {dim}: {heads} heads do not divide it")
         self.image_size = tuple(image_size)
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.frozen = False
-        self.checkpointing = False  # recompute blocks in the backward pass: less memory, more time
         self.patch_embed = PatchEmbed(patch_size, dim, channels, bias=not traits.pre_norm)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
@@ -180,21 +197,12 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def freeze(self, frozen: bool) -> None:
-        """A frozen one has neither gradients nor a graph, and `train` leaves it in eval mode."""
-        self.frozen = frozen
-        self.requires_grad_(not frozen)
-
-    def train(self, mode: bool = True) -> "ViT":
-        return super().train(mode and not self.frozen)
-
     def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:
         """`patch_dropout` leaves out that share of each image's patches (Liu et al. 2023)."""
         if images.shape[-2:] != self.image_size:
             found = tuple(images.shape[-2:])
             raise ValueError(f"images of {found}: the model takes {self.image_size}")
-        # Frozen, no graph is built at all: stage 1's memory and time are the encoders' alone
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with self.graph():  # frozen, stage 1's memory and time are the encoders' alone
             x = self.embed(images)  # (B, N, D)
             # After the positions are added, so that a patch that stays knows where it was
             if patch_dropout:
@@ -313,6 +321,7 @@ class GraFTConfig(Traits):
     bnneck_features: bool = False  # test what leaves the BNNeck; the paper: what enters it
     fusion: str = "graft"  # or a baseline
     blocks: tuple[tuple[int, int], ...] = ()  # of a pruned backbone: heads, MLP channels of each
+    resnet: int = 0  # layers of HAMNet's ResNets, 18 or 50; 0: a ViT
 
     def __post_init__(self):
         """Raises UserError for what no model has: a config may come from a stranger's file."""
@@ -329,6 +338,16 @@ class GraFTConfig(Traits):
             raise UserError(
                 f"{largest} blocks, fusion tokens, registers or modalities: expected at most 1000"
             )
+        resnets = " or ".join(RESNETS)
+        if self.resnet and {"resnet": self.resnet} not in RESNETS.values():
+            raise UserError(f"resnet {self.resnet}: expected {resnets}")
+        if self.resnet and self.fusion != "hamnet":
+            raise UserError(
+                f"--backbone resnet{self.resnet}: for --fusion hamnet; --fusion {self.fusion} takes"
+                " a ViT, e.g. --backbone deit-b"
+            )
+        if self.fusion == "hamnet" and not self.resnet:
+            raise UserError(f"--fusion hamnet: takes no ViT; expected --backbone {resnets}")
         if self.activation not in ACTIVATIONS:
             expected = " or ".join(ACTIVATIONS)
             raise UserError(f"activation {self.activation!r}: expected {expected}")
@@ -361,6 +380,7 @@ BACKBONES = {
     "augreg-s16": VIT_S,
     "augreg-b16": VIT_B,
 }
+RESNETS = {"resnet50": {"resnet": 50}, "resnet18": {"resnet": 18}}  # HAMNet's backbones
 
 
 class Embeddings(NamedTuple):
@@ -434,8 +454,8 @@ class MultiModalModel(nn.Module):
             return self.classifier(self.bottleneck(fusion.float()))
 
     @property
-    def backbones(self) -> list[ViT]:
-        return [module for module in self.modules() if isinstance(module, ViT)]
+    def backbones(self) -> list[Backbone]:
+        return [module for module in self.modules() if isinstance(module, Backbone)]
 
     def freeze_backbone(self, frozen: bool) -> None:
         """Stage 1 trains on a frozen backbone (section 4.1)."""
@@ -528,18 +548,37 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:  # (B, D)
         if not self.training:
             return super().forward(x)
-        B, D = x.shape
-        if B < 2 and runtime.world_size() == 1:
+        if len(x) < 2 and runtime.world_size() == 1:
             raise UserError("batch of 1: BatchNorm cannot train on it; raise --batch-size")
-        total = runtime.all_sum(torch.cat([x.sum(0), x.new_full((1,), B)]))
-        count = total[D].detach()
-        mean = total[:D] / count
-        variance = runtime.all_sum((x - mean).square().sum(0)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        return normalise_over_ranks(self, x)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d over the samples and places of all ranks, so that all hold the same statistics.
+
+    On one rank torch's own kernel: a ResNet spends much of its time here.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D, rows, columns)
+        if not self.training or runtime.world_size() == 1:
+            return super().forward(x)
+        places = x.float().movedim(1, -1)  # (B, rows, columns, D); float: bf16 would round the mean
+        normalised = normalise_over_ranks(self, places.flatten(0, 2)).view(places.shape)
+        return normalised.movedim(-1, 1).to(x.dtype)
+
+
+def normalise_over_ranks(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a BatchNorm makes of (B, D) in training, B over all ranks; updates its statistics."""
+    B, D = x.shape
+    total = runtime.all_sum(torch.cat([x.sum(0), x.new_full((1,), B)]))
+    count = total[D].detach()
+    mean = total[:D] / count
+    variance = runtime.all_sum((x - mean).square().sum(0)) / count
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+    return (x - mean) * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
