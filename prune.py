@@ -37,20 +37,24 @@ PLAN = (
 
 
 # --- what can be pruned: the weights of the backbone's attention and MLPs (section 5.4)
+#     Of a ResNet all convolutions, which are all its weights; ours
 
 
-def layers(model: MultiModalModel) -> dict[str, nn.Linear]:
+def layers(model: MultiModalModel) -> dict[str, nn.Module]:
     """The layers to prune, by name."""
-    endings = tuple(f".{layer}" for layer in LAYERS)
+    endings, is_resnet = tuple(f".{layer}" for layer in LAYERS), model.config.resnet > 0
     return {
         name: layer
         for name, layer in model.named_modules()
-        if name.startswith("backbone.") and name.endswith(endings)
+        if name.startswith("backbone.")
+        and (isinstance(layer, nn.Conv2d) if is_resnet else name.endswith(endings))
     }
 
 
 def prunable(model: MultiModalModel) -> int:
     """How many weights could be pruned before any was."""
+    if model.config.resnet:
+        return sum(layer.weight.numel() for layer in layers(model).values())
     return 12 * model.config.dim**2 * model.config.depth * len(model.backbones)
 
 
@@ -64,6 +68,8 @@ def sparsity(model: MultiModalModel) -> dict[str, float]:
     shares = {}
     for name, layer in layers(model).items():
         size = model.config.dim**2 * (4 if "mlp" in name else 1)
+        if model.config.resnet:
+            size = layer.weight.numel()
         parts = {name: layer.weight}
         if name.endswith("qkv"):
             stem = name.removesuffix("qkv")
@@ -103,13 +109,9 @@ def shrink(model: MultiModalModel, keep: int) -> MultiModalModel:
 
     Strength is the L2 norm of a group's weights; heads and channels shrink alike, and each block
     keeps one head and CHANNELS channels at least. Raises UserError for a model of several
-    backbones.
+    backbones, or of ResNets.
     """
-    if len(model.backbones) != 1:
-        raise UserError(
-            f"--structured: --fusion {model.config.fusion} has {len(model.backbones)} backbones;"
-            " expected one, shared"
-        )
+    check_structured(model)
     config, state = model.config, model.state_dict()
     D, d = config.dim, config.dim // config.heads  # width of the model, of a head
     head_norms, channel_norms = [], []
@@ -135,6 +137,19 @@ def shrink(model: MultiModalModel, keep: int) -> MultiModalModel:
         state[mlp + "fc2.weight"] = state[mlp + "fc2.weight"][:, channel]
     smaller.load_state_dict(state)
     return smaller.to(model.classifier.weight.device)
+
+
+def check_structured(model: MultiModalModel) -> None:
+    fusion, number = model.config.fusion, len(model.backbones)
+    if model.config.resnet:
+        raise UserError(
+            f"--structured: removes heads and MLP channels of a ViT; --fusion {fusion} has ResNets:"
+            " leave it out, for masks"
+        )
+    if number != 1:
+        raise UserError(
+            f"--structured: --fusion {fusion} has {number} backbones; expected one, shared"
+        )
 
 
 def strongest(norms: list[Tensor], count: int, multiple: int = 1) -> list[Tensor]:
@@ -309,7 +324,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     target = parser.add_mutually_exclusive_group(required=True)
     text = "non-zero parameters of the whole model, e.g. 76M 60M"
     target.add_argument("--params", nargs="+", metavar="N", help=text)
-    text = "fractions of the backbone's attention and MLP weights to keep"
+    text = "fractions of the backbone's attention and MLP weights, or convolutions, to keep"
     target.add_argument("--keep", nargs="+", metavar="F", help=text)
     add = parser.add_argument
     text = "remove whole heads and MLP channels: a smaller dense model"
@@ -385,6 +400,8 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
             f"{args.checkpoint}: lacks what training needs; expected a checkpoint of train.py or"
             " prune.py"
         )
+    if args.structured:
+        check_structured(model)
     plan = {name: getattr(args, name) for name in PLAN}
     if resumed:
         pruning = Pruning(**checkpoint["pruning"])
@@ -396,8 +413,6 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
     else:
         start = kept(model) / prunable(model)
         pruning = Pruning(plan, read_targets(args, model), start, rows=[])
-    if args.structured and len(model.backbones) != 1:
-        shrink(model, 0)  # says why not
     settings = training_settings(args, checkpoint)
     splits = train.load_splits(settings)
     if splits[0].train.pids.unique().tolist() != checkpoint["pids"]:

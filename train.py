@@ -28,10 +28,11 @@ from tqdm import tqdm
 import data
 import evaluate
 import runtime
-from baselines import FUSIONS
+from baselines import FUSIONS, HAMNet
 from losses import SCHEMES, GraFTLoss
 from model import (
     BACKBONES,
+    RESNETS,
     GraFTConfig,
     MultiModalModel,
     build_model,
@@ -108,6 +109,43 @@ PLUS_OF = {  # data set -> what it changes of PLUS: small sets take more epochs 
     "msvr310": {**PLUS_REAL, "epochs": (40, 290)},
     "wmveid863": {**PLUS_REAL, "epochs": (13, 90)},
 }
+HAMNET = {  # --fusion hamnet: its published code's settings, but for what is marked as ours
+    "backbone": "resnet50",
+    "backbone_weights": "imagenet",
+    "image_size": (128, 256),
+    "flips": (0.5, 0.0),
+    "sampling": "identities",
+    "samples": 4,
+    "batch_size": 12,  # ours: 36 images, 9 identities x 4; theirs 8 x 4, which no three roles share
+    "positives": 1,
+    "triplet": "hardest",
+    "margin": 0.3,
+    "plain_distance": True,
+    "cross_entropy": "all",
+    "alpha": 1.0,
+    "beta": (0.0, 0.0),
+    "gamma": 1.0,
+    "label_smoothing": (0.0, 0.0),  # theirs has no effect
+    # One stage. An epoch shows each sample 3 times, so 40 are their 120 of once
+    "epochs": (0, 40),
+    "lr": (3.5e-4, 3.5e-4),
+    "weight_decay": (5e-4, 5e-4),  # AdamW's, next to none at such a rate; theirs is Adam's
+    "adam_betas": (0.9, 0.999, 0.9, 0.999),
+    "schedule": ("steps", "steps"),
+    "warmup_steps": 2400,  # a twelfth of RGBNT100's steps, as theirs
+}
+HAMNET_OF = {  # data set -> what it changes of HAMNET
+    "synthetic": {  # ours: random weights, on as many samples as the default run sees
+        "backbone": "resnet18",
+        "backbone_weights": "none",
+        "image_size": (64, 128),
+        "epochs": (0, 4),
+        "lr": (1e-3, 1e-3),
+        "schedule": ("cosine", "cosine"),  # as for GraFT, the rate must come down in so few steps
+        "warmup_steps": 100,
+    },
+    "rgbnt201": {"image_size": (256, 128)},  # persons: upright
+}
 
 
 @dataclass(frozen=True)
@@ -129,6 +167,8 @@ class Stage:
 
 
 # --- learning rate (section 5.2)
+
+SCHEDULES = ("sqrt", "cosine", "steps", "constant")
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, cooldown: float = 0.1) -> float:
@@ -156,6 +196,13 @@ def cosine_factor(step: int, total_steps: int, warmup_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
+def step_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """As lr_factor: linear warm-up, then a tenth from 40/120 of all steps on, and again from 70/120
+    on; HAMNet's published code."""
+    drops = sum(120 * step >= epoch * total_steps for epoch in (40, 70))
+    return min(1.0, (step + 1) / max(1, warmup_steps)) * 0.1**drops
+
+
 # --- what is trained
 
 
@@ -172,13 +219,15 @@ class Objective(nn.Module):
 
     def forward(
         self, images: dict[str, Tensor], labels: Tensor, rows: tuple[int, ...] = ()
-SCHEDULES = ("sqrt", "cosine", "steps", "constant")
-
     ) -> dict[str, Tensor]:
         """images (3B, 3, H, W) of anchors, positives, negatives; labels of the anchors, or of all.
 
         `rows` says how many samples each rank has in this pass.
         """
+        if isinstance(self.model, HAMNet):  # its losses are not those of an embedding
+            with self.autocast():
+                streams = self.model.streams(images)
+            return self.model.losses(streams, self.criterion, labels, rows)
         with self.autocast():
             own = self.model.encode(images)
         embeddings = mean_over_modalities(own)
@@ -197,15 +246,9 @@ def on_all_ranks(objective: Objective, unused: bool = False) -> nn.Module:
     """The objective, whose gradients become means over the ranks; nothing else is sent."""
     if runtime.world_size() == 1:
         return objective
-    # Buffers need no sending: BatchNorm's are computed from all ranks' samples, masks never change.
+    # Buffers need no sending: BatchNorm's are computed from all ranks' samples, a ResNet's too, and
+    # masks never change.
     # torch has renamed the option.
-def step_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """As lr_factor: linear warm-up, then a tenth from 40/120 of all steps on, and again from 70/120
-    on; HAMNet's published code."""
-    drops = sum(120 * step >= epoch * total_steps for epoch in (40, 70))
-    return min(1.0, (step + 1) / max(1, warmup_steps)) * 0.1**drops
-
-
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options = {sync: False, "gradient_as_bucket_view": True, "find_unused_parameters": unused}
@@ -563,6 +606,8 @@ def schedule_factor(args: argparse.Namespace, stage: Stage, step: int, total_ste
         return 1.0
     if stage.schedule == "cosine":
         return cosine_factor(step, total_steps, args.warmup_steps)
+    if stage.schedule == "steps":
+        return step_factor(step, total_steps, args.warmup_steps)
     return lr_factor(step, total_steps, args.warmup_steps, args.cooldown)
 
 
@@ -608,8 +653,6 @@ def log_step(run: Run, stage: Stage, rate: float) -> None:
     """Every --log-every steps: the means since the last such line, so the log tells a curve."""
     progress, every = run.progress, run.args.log_every
     every = every or max(1, run.stage_steps(stage) // 100)
-    if stage.schedule == "steps":
-        return step_factor(step, total_steps, args.warmup_steps)
     step = progress.epoch * run.epoch_steps(stage) + progress.step
     if step % every:
         return
@@ -699,9 +742,11 @@ def prepare(args: argparse.Namespace) -> tuple:
     if checkpoint:
         check_resumable(checkpoint, args, model.config, dataset)
     elif args.backbone_weights != "none":
-        if args.backbone_weights == "deit" and args.backbone != "deit-b":
+        fits = {"deit": args.backbone == "deit-b", "imagenet": args.backbone in RESNETS}
+        if not fits.get(args.backbone_weights, True):
             raise UserError(
-                f"--backbone-weights deit: not for --backbone {args.backbone}; name a FILE, or none"
+                f"--backbone-weights {args.backbone_weights}: not for --backbone {args.backbone};"
+                " name a FILE, or none"
             )
         dropped = load_backbone(model, args.backbone_weights)
         more = f" and {len(dropped) - 8} more" if len(dropped) > 8 else ""  # CLIP's text tower
@@ -753,7 +798,7 @@ def model_config(args: argparse.Namespace, dataset: data.Dataset) -> GraFTConfig
 
 def backbone_row(args: argparse.Namespace) -> dict:
     """What --backbone says of the model; --no-distilled matters only to rows that leave it open."""
-    return {"distilled": not args.no_distilled, **BACKBONES[args.backbone]}
+    return {"distilled": not args.no_distilled, **{**BACKBONES, **RESNETS}[args.backbone]}
 
 
 # What an epoch's triplets depend on: it cannot change in the middle of one, or the steps that are
@@ -841,11 +886,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     early = runtime.Parser(add_help=False)
     early.add_argument("--dataset", default="synthetic")
     early.add_argument("--recipe", default="paper")
+    early.add_argument("--fusion")
     early.add_argument("--epochs", nargs=2)
     given, _ = early.parse_known_args(argv)
     parser.set_defaults(**RECIPES.get(given.dataset, {}))
     if given.recipe == "plus":
         parser.set_defaults(**{**PLUS, **PLUS_OF.get(given.dataset, PLUS_REAL)})
+    if given.fusion == "hamnet":
+        parser.set_defaults(**{**HAMNET, **HAMNET_OF.get(given.dataset, {})})
     args = parser.parse_args(argv)
     if args.recipe == "plus" and not given.epochs:
         # a step on fewer patches costs that much less
@@ -870,6 +918,16 @@ def make_stage(args: argparse.Namespace, number: int) -> Stage:
 
 
 def check_combinations(args: argparse.Namespace) -> None:
+    GraFTConfig(**backbone_row(args), fusion=args.fusion)  # raises for a ResNet in a ViT's place
+    if args.fusion == "hamnet":
+        for option, given, reason in (
+            ("--recipe plus", args.recipe == "plus", "has a recipe of its own"),
+            ("--beta", any(args.beta), "has no center loss; expected 0 0"),
+            ("--patch-dropout", any(args.patch_dropout), "has no patches"),
+            ("--checkpointing", args.checkpointing, "has BatchNorms, which must see a batch once"),
+        ):
+            if given:
+                raise UserError(f"{option}: --fusion hamnet {reason}")
     # The hardest pair of a batch is found by the labels of all its samples
     if args.triplet == "hardest" and args.cross_entropy != "all":
         raise UserError("--triplet hardest needs the labels of all samples: --cross-entropy all")
@@ -921,6 +979,7 @@ def add_data_options(group) -> None:
     option("--positives", 8, whole(1), "triplets an anchor, each with another one; paper, 5.2")
     text = "identities: --samples of each identity, for --triplet hardest"
     option("--sampling", "triplets", ("triplets", "identities"), text)
+    option("--samples", 6, whole(2), "of each identity, of --sampling identities")
     text = "probability of a horizontal and a vertical flip; paper, 5.2, the numbers are ours"
     option("--flips", (0.5, 0.5), real(0, 1), text, ("P", "P"))
     option("--erase", 0.5, real(0, 1), "probability of random erasing; published code")
@@ -933,11 +992,16 @@ def add_data_options(group) -> None:
 
 def add_model_options(group) -> None:
     option = runtime.adder(group)
-    option("--backbone", "deit-b", BACKBONES, "paper, 3.2")
-    text = "a file, see YOUR_DATA.md; deit: DeiT-B's, fetched; none: random weights; paper, 3.2"
+    text = "paper, 3.2; resnet50 and resnet18 for --fusion hamnet"
+    option("--backbone", "deit-b", (*BACKBONES, *RESNETS), text)
+    text = (
+        "a file, see YOUR_DATA.md; deit: DeiT-B's, fetched; imagenet: torchvision's ResNet's,"
+        " fetched; none: random weights; paper, 3.2"
+    )
     option("--backbone-weights", "deit", str, text)
     option("--no-distilled", False, bool, "deit-b or small without the distillation token")
-    option("--fusion", "graft", FUSIONS, "or a baseline, all else equal")
+    text = "or a baseline, all else equal; hamnet: a CNN with a recipe and losses of its own"
+    option("--fusion", "graft", FUSIONS, text)
     option("--fusion-tokens", 1, whole(1, 1000), "paper, 5.2")
     option("--data-token", 0, whole(0), "index of the data token D, Eq. (11)")
     text = "heads of a modality encoder; published code (default: 8)"
@@ -959,6 +1023,8 @@ def add_loss_options(group) -> None:
     option = runtime.adder(group)
     text = "tokens of anchor, positive, negative; paper, 4.3 (default: FFD, baselines FFF)"
     option("--triplet", None, (*SCHEMES, "hardest"), text)
+    text = "margin of the hardest triplets (default: a soft one, Eq. (8))"
+    option("--margin", None, real(0), text)
     text = "the samples it sees; paper, 3.4 and published code"
     option("--cross-entropy", "anchors", ("anchors", "all"), text)
     text = "Euclidean distances in Eq. (8), not squared ones; published code"
@@ -979,7 +1045,6 @@ def add_optimisation_options(group) -> None:
     option("--epoch-steps", (0, 0), whole(0), "end an epoch early; 0: after all triplets")
     text = "triplets of a step, over all ranks; paper, 5.2: 8 GPUs x 26"
     option("--batch-size", 208, whole(1), text)
-    option("--samples", 6, whole(2), "of each identity, of --sampling identities")
     text = "triplets that a rank takes at once; more are taken in several passes"
     option("--per-pass", 26, whole(1), text)
     option("--lr", (2.54e-5, 5e-6), real(0), "AdamW's rate at its peak; published code, paper 5.2")
@@ -1016,5 +1081,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    text = "margin of the hardest triplets (default: a soft one, Eq. (8))"
-    option("--margin", None, real(0), text)

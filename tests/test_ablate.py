@@ -136,14 +136,15 @@ def test_pruning_tables_and_the_size_chart(tiny_data, tmp_path, monkeypatch):
         {"0.8": ((76.4, 94.0, 94.4, 94.6), 76), "0.5": ()}, "", "--rounds 1 --epoch-steps 1"
     )
     monkeypatch.setitem(
-        ablate.TABLES, "3", ablate.Table("Table 3", (*ablate.COMPETITORS_100[:1], *rows))
+        ablate.TABLES, "3", ablate.Table("Table 3", (*ablate.COMPETITORS_100[2:3], *rows))
     )
     arguments = ["--table", 3, "--seeds", 1, "--out", tmp_path, "--data-root", tiny_data, *QUICK]
     done = call(ablate, *arguments, "--chart", tmp_path / "size.png")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")][-3:]
     assert (
-        lines[0].endswith("| 78 M: 65.4 / 85.5 / 87.9 / 88.8 |") and "76 M: 76.4 / 94.0" in lines[1]
+        lines[0].endswith("| 130 M: 74.4 / 93.4 / 94.5 / 95.0 |")
+        and "76 M: 76.4 / 94.0" in lines[1]
     )
     assert "| 3.33 M |" in lines[1] and "| 2.53 M |" in lines[2]
     assert (tmp_path / "size.png").stat().st_size > 1000

@@ -11,10 +11,11 @@ from torch import nn
 
 import model
 import pretrained
-from baselines import FUSIONS
+from baselines import FUSIONS as ALL_FUSIONS
 from model import BACKBONES, GraFT, GraFTConfig, ModalityEncoder, ViT, build_model, load_backbone
 from runtime import UserError
 
+FUSIONS = [fusion for fusion in ALL_FUSIONS if fusion != "hamnet"]  # a CNN, see test_hamnet.py
 SIZE = (32, 64)
 TINY = dict(
     image_size=SIZE, dim=32, depth=2, heads=2, encoder_heads=4, encoder_hidden=48, num_ids=5

@@ -19,7 +19,7 @@ import prune
 import runtime
 import train
 from extras import pictures, search
-from model import BACKBONES, GraFTConfig, build_model
+from model import BACKBONES, RESNETS, GraFTConfig, build_model
 
 SHORT = ["--epochs", 1, 1, "--epoch-steps", 2, 2]
 
@@ -44,6 +44,7 @@ def read(path) -> dict:
 
 MODELS = {fusion: ["--fusion", fusion] for fusion in baselines.FUSIONS}
 MODELS["plus"] = ["--recipe", "plus", "--schedule", "cosine", "cosine", "--modality-losses", 1]
+MODELS["hamnet"] += ["--samples", 6]  # of each of the tiny set's 4 identities, in a batch of 24
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -92,9 +93,10 @@ def test_pruned(model, tmp_path, structured):
     name, _, out = model
     arguments = [out / "last.pt", "--keep", 0.5, "--rounds", 1, "--epoch-steps", 2]
     arguments += ["--device", "cpu", "--out", tmp_path / "pruned"]
-    if structured and name == "multistream":
+    if structured and name in ("multistream", "hamnet"):
         line = fails(prune, *arguments, "--structured")
-        assert "--fusion multistream has 3 backbones; expected one, shared" in line
+        reason = "3 backbones; expected one, shared" if name == "multistream" else "ResNets"
+        assert f"--fusion {name} has {reason}" in line
         assert not (tmp_path / "pruned").exists()
         return
     succeeds(prune, *arguments, *(["--structured"] if structured else []))
@@ -129,7 +131,7 @@ def test_trained_evaluated_and_pruned_on_two_ranks(model, tmp_path):
     options = [tmp_path / "run" if option == options[3] else option for option in options]
     succeeds(train, *options, ranks=2)
     succeeds(evaluate, tmp_path / "run/last.pt", ranks=2)
-    if name not in ("graft", "multistream"):
+    if name not in ("graft", "multistream", "hamnet"):
         return
     quick = ["--rounds", 1, "--epoch-steps", 1, "--device", "cpu", "--out", tmp_path / "pruned"]
     succeeds(prune, tmp_path / "run/last.pt", "--keep", 0.5, *quick, ranks=2)
@@ -509,6 +511,7 @@ def test_hardware_is_asked_once(monkeypatch):
 
 def test_a_pruned_small_model_of_each_fusion_keeps_its_counts():
     for fusion in baselines.FUSIONS:
-        config = GraFTConfig(image_size=(32, 64), fusion=fusion, **BACKBONES["small"])
+        row = RESNETS["resnet18"] if fusion == "hamnet" else BACKBONES["small"]
+        config = GraFTConfig(image_size=(32, 64), fusion=fusion, **row)
         built = build_model(config)
         assert prune.prunable(built) == prune.kept(built) > 0
