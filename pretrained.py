@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import runtime
-from model import BACKBONES, GraFTConfig, MultiModalModel, ViT
+from baselines import ResNet
+from model import BACKBONES, RESNETS, Backbone, GraFTConfig, MultiModalModel, ViT
 from runtime import UserError
 
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/"
@@ -125,19 +127,22 @@ FORMATS = (TORCHVISION, OPEN_CLIP, HF_CLIP, HF_DINOV2, TIMM)
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
-    """Load pretrained weights into a ViT, or into every ViT of a model.
+    """Load pretrained weights into a ViT or ResNet, or into every one of a model.
 
     Returns the names of the weights left out, see FORMATS. Position embeddings are resized when the
-    image size differs. `path` may be "deit": DeiT-B's released file, by torch.hub. Raises UserError
-    for a file that cannot be read or is not this backbone's.
+    image size differs. `path` may be "deit": DeiT-B's released file, by torch.hub, or "imagenet":
+    torchvision's of this ResNet. Raises UserError for a file that cannot be read or is not this
+    backbone's.
     """
-    vits = [module for module in model.modules() if isinstance(module, ViT)]  # of one shape
+    vits = [module for module in model.modules() if isinstance(module, Backbone)]  # of one shape
     vit = vits[0]
+    if isinstance(vit, ResNet):
+        return load_resnets(vits, path)
     if str(path) == "deit":
         path = fetch_deit(distilled=vit.dist_token is not None)
     checkpoint = read_file(path)
     state, dropped = read_state(checkpoint, path)
-    check_names(state, vit, path)
+    check_names(state, vit.state_dict(), path)
     config = checkpoint.get("config")
     image_size = config.get("image_size") if isinstance(config, dict) else None
     state["pos_embed"] = fit_pos_embed(state, vit, image_size)
@@ -146,15 +151,29 @@ def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
     if stacked > 1:  # early fusion: each modality starts with its share
         weight = state["patch_embed.proj.weight"]
         own["patch_embed.proj.weight"] = weight.repeat(1, stacked, 1, 1) / stacked
-    for name, weight in vit.state_dict().items():
-        if own[name].shape != weight.shape:
-            raise UserError(
-                f"{path}: {name} has the shape {tuple(own[name].shape)}, this backbone's has"
-                f" {tuple(weight.shape)}; {fitting(state)}"
-            )
+    check_shapes(own, vit.state_dict(), path, state)
     for vit in vits:
         vit.load_state_dict(own)
     return dropped
+
+
+def load_resnets(resnets: list[ResNet], path: str | Path) -> list[str]:
+    """As load_backbone, from torchvision's state dict of a whole ResNet, whose `fc` is left out."""
+    if str(path) == "imagenet":
+        path = fetch_resnet(resnets[0].layers)
+    state, _ = read_state(read_file(path), path)
+    own, expected = resnet_weights(state), resnet_weights(resnets[0].state_dict())
+    check_names(own, expected, path)
+    check_shapes(own, expected, path)
+    for resnet in resnets:
+        resnet.load_state_dict(own)
+    return [name for name in state if name.startswith("fc.")]
+
+
+def resnet_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without classifier, and without BatchNorm's counters, which old files lack."""
+    left_out = [n for n in state if n.startswith("fc.") or n.endswith(".num_batches_tracked")]
+    return {name: weight for name, weight in state.items() if name not in left_out}
 
 
 def read_file(path: str | Path) -> dict:
@@ -211,8 +230,8 @@ def rearrange(state: dict[str, Tensor]) -> None:
         state["pos_embed"] = state["pos_embed"][:, 1:]
 
 
-def check_names(state: dict[str, Tensor], vit: ViT, path: str | Path) -> None:
-    expected = vit.state_dict().keys()
+def check_names(state: dict[str, Tensor], backbone: dict[str, Tensor], path: str | Path) -> None:
+    expected = backbone.keys()
     missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected)
     if not missing and not unknown:
         return
@@ -227,14 +246,35 @@ def check_names(state: dict[str, Tensor], vit: ViT, path: str | Path) -> None:
     )
 
 
+def check_shapes(
+    state: dict[str, Tensor],
+    backbone: dict[str, Tensor],
+    path: str | Path,
+    file: dict | None = None,
+) -> None:
+    """`file`: the weights as they were read, where `state` are repeated ones."""
+    for name, weight in backbone.items():
+        if state[name].shape != weight.shape:
+            raise UserError(
+                f"{path}: {name} has the shape {tuple(state[name].shape)}, this backbone's has"
+                f" {tuple(weight.shape)}; {fitting(file or state)}"
+            )
+
+
 def fitting(state: dict[str, Tensor]) -> str:
-    """Which rows of BACKBONES have weights of these names and shapes, but for the positions."""
+    """Which backbones have weights of these names and shapes, but for the positions."""
     found, given = [], {name: w.shape for name, w in state.items() if name != "pos_embed"}
     for backbone, row in BACKBONES.items():
         with torch.device("meta"):
             vit = MultiModalModel(GraFTConfig(**row), 1).new_backbone()
         if given == {name: w.shape for name, w in vit.state_dict().items() if name != "pos_embed"}:
             found.append(f"--backbone {backbone}")
+    given = {name: w.shape for name, w in resnet_weights(state).items()}
+    for backbone, row in RESNETS.items():
+        with torch.device("meta"):
+            own = resnet_weights(ResNet(row["resnet"]).state_dict())
+        if given == {name: w.shape for name, w in own.items()}:
+            found.append(f"--fusion hamnet --backbone {backbone}")
     return f"it fits {' or '.join(found)}" if found else "no --backbone has these names and shapes"
 
 
@@ -268,15 +308,24 @@ def resize_pos_embed(
 
 
 def fetch_deit(distilled: bool) -> Path:
-    """DeiT-B's released file, fetched once into torch.hub's folder."""
-    name = DEIT_FILES[distilled]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    """DeiT-B's released file."""
+    return fetch(DEIT_URL + DEIT_FILES[distilled])
+
+
+def fetch_resnet(layers: int) -> Path:
+    """The file of ImageNet weights that torchvision's ResNets had in HAMNet's days."""
+    return fetch(torchvision.models.get_model_weights(f"resnet{layers}").IMAGENET1K_V1.url)
+
+
+def fetch(url: str) -> Path:
+    """A released file, fetched once into torch.hub's folder."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     try:
         with runtime.rank0_first():
-            torch.hub.load_state_dict_from_url(DEIT_URL + name, weights_only=True)
+            torch.hub.load_state_dict_from_url(url, weights_only=True)
     except OSError as error:
         raise UserError(
-            f"{DEIT_URL}{name}: cannot be fetched ({error}); fetch it elsewhere and put it at"
+            f"{url}: cannot be fetched ({error}); fetch it elsewhere and put it at"
             f" {path}, or name a file by --backbone-weights FILE (none: train from random weights)"
         ) from None
     return path
