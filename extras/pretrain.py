@@ -5,7 +5,7 @@ python -m extras.synthetic --out data/pretrain --first-id 1001 --train-ids 1200 
 python -m extras.pretrain --data-root data/pretrain --out weights/vit-small-rgb.pth
 
 What DeiT's ImageNet weights are to the paper, these are to the synthetic set: a backbone that knows
-colour images.
+colour images. `--backbone resnet18` makes HAMNet's.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import BACKBONES, ViT
+from baselines import LAYOUTS, ResNet
+from model import BACKBONES, RESNETS, Backbone, ViT
 from runtime import UserError, real, whole
 
 IMAGE_SIZE = (64, 128)
@@ -42,13 +43,28 @@ def recolour(images: Tensor, draws: Tensor, share: float) -> Tensor:
     return torch.where((draws[:, 0] < share)[:, None, None, None], mapped, images)
 
 
-def make_heads(dim: int, num_ids: int) -> nn.ModuleList:
-    """A head on the CLS and one on the distillation token.
+def make_backbone(name: str) -> tuple[Backbone, dict, int]:
+    """A backbone, its configuration, and the width of its tokens."""
+    if name in RESNETS:
+        config = RESNETS[name]
+        return ResNet(config["resnet"]), config, 512 * LAYOUTS[config["resnet"]][0].expansion
+    config = {name: value for name, value in BACKBONES[name].items() if name != "encoder_hidden"}
+    return ViT(IMAGE_SIZE, **config), config, config["dim"]
+
+
+def tokens_of(backbone: Backbone, images: Tensor) -> Tensor:
+    """What is classified, (B, N, D): all tokens of a ViT, or a ResNet's mean over places, N = 1."""
+    outputs = backbone(images).float()
+    return outputs if isinstance(backbone, ViT) else outputs.mean((2, 3))[:, None]
+
+
+def make_heads(dim: int, num_ids: int, count: int) -> nn.ModuleList:
+    """A head on the CLS and one on the distillation token, or one on a ResNet's only token.
 
     Without BatchNorm they stand still at first: a fresh ViT's tokens hardly depend on the image.
     """
     head = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, num_ids))
-    return nn.ModuleList(copy.deepcopy(head) for _ in range(2))
+    return nn.ModuleList(copy.deepcopy(head) for _ in range(count))
 
 
 def prepare(images: Tensor, share: float, normalise: data.Normalise) -> Tensor:
@@ -64,6 +80,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data-root", required=True, help="folder written by extras.synthetic")
     add("--out", type=Path, required=True, help="file of fp16 weights to write")
+    add("--backbone", choices=("small", "resnet18"), default="small")
     add("--epochs", type=whole(1), default=25)
     add("--batch-size", type=whole(2), default=128, help="images")
     add("--lr", type=real(0), default=2e-3)
@@ -83,10 +100,10 @@ def main() -> None:
     dataset = data.load_dataset("synthetic", args.data_root, ("rgb",), IMAGE_SIZE)
     images = torch.stack([images["rgb"] for images, _, _ in dataset.train])  # (N, 3, H, W)
     pids, labels = dataset.train.pids.unique(return_inverse=True)
-    config = {name: value for name, value in BACKBONES["small"].items() if name != "encoder_hidden"}
-    vit = ViT(IMAGE_SIZE, **config).to(device)
-    heads = make_heads(config["dim"], len(pids)).to(device)
-    parameters = [*vit.parameters(), *heads.parameters()]
+    backbone, config, dim = make_backbone(args.backbone)
+    backbone = backbone.to(device)
+    heads = make_heads(dim, len(pids), 1 if args.backbone in RESNETS else 2).to(device)
+    parameters = [*backbone.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.05)
     steps = len(images) // args.batch_size
     if not steps:
@@ -104,11 +121,11 @@ def main() -> None:
             chosen = order[step * args.batch_size : (step + 1) * args.batch_size]
             batch = prepare(images[chosen].to(device), share, normalise)
             with runtime.autocast(device, args.precision):
-                tokens = vit(batch).float()
+                tokens = tokens_of(backbone, batch)
             logits = [head(tokens[:, i]) for i, head in enumerate(heads)]
             target = labels[chosen].to(device)
             losses = [F.cross_entropy(x, target, label_smoothing=0.1) for x in logits]
-            loss = sum(losses) / 2
+            loss = sum(losses) / len(losses)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -119,7 +136,8 @@ def main() -> None:
         seconds = time.perf_counter() - start
         means = f"loss {total / steps:.3f}  accuracy {right / steps:.3f}  {seconds:.1f} s"
         print(f"epoch {epoch + 1}/{args.epochs}  {means}")
-    weights = {name: weight.half().cpu() for name, weight in vit.state_dict().items()}
+    state = backbone.state_dict().items()
+    weights = {n: (w.half() if w.is_floating_point() else w).cpu() for n, w in state}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     runtime.save_checkpoint(
         args.out, {"model": weights, "config": {"image_size": IMAGE_SIZE, **config}}
