@@ -247,14 +247,17 @@ def log(folder, event: str) -> list[dict]:
 def test_two_ranks_train_as_one_and_a_resumed_run_as_one_that_was_not(tiny_data, tmp_path):
     def trained(name: str, *more, ranks: int = 1) -> dict:
         options = [*tiny_arguments(tiny_data, tmp_path / name), *HAMNET, "--log-every", 1]
-        done = call(train, *options, "--schedule", "constant", "constant", *more, ranks=ranks)
+        # A rate at which Adam's first step, of a sign's size, does not blow rounding errors up
+        options += ["--schedule", "constant", "constant", "--lr", 1e-5, 1e-5]
+        done = call(train, *options, *more, ranks=ranks)
         assert done.returncode == 0, done.stderr
         return runtime.load_checkpoint(tmp_path / name / "last.pt")["model"]
 
     one, two = trained("one"), trained("two", ranks=2)
     for a, b in zip(*(log(tmp_path / name, "step") for name in ("one", "two")), strict=True):
         for name in ("loss", "triplet", "cross_entropy", "coherence"):
-            assert b[name] == pytest.approx(a[name], rel=2e-3), (name, a, b)
+            assert b[name] == pytest.approx(a[name], rel=1e-3), (name, a, b)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=0.02)
     for name in ("backbone.tir.bn1.running_mean", "backbone.rgb.layer4.1.bn2.running_var"):
         torch.testing.assert_close(two[name], one[name], atol=1e-2, rtol=1e-2)
     trained("resumed", "--epochs", 0, 1)
