@@ -49,7 +49,7 @@ class Layout:
     """Where files lie: {split} and {modality} stand for the folders named here, * for any.
 
     Without {modality} a file is a mosaic: the tiles of all modalities side by side, each twice as
-    wide as high.
+    wide as high; or, in a data set of one modality, that one's whole image.
     """
 
     pattern: str
@@ -59,7 +59,8 @@ class Layout:
 
     @property
     def mosaic(self) -> bool:
-        return "{modality}" not in self.pattern
+    whole: bool = False  # one modality, in files of its own without a folder for it
+        return "{modality}" not in self.pattern and not self.whole
 
     def tree(self) -> str:
         """The tree in one line, for a message."""
@@ -81,6 +82,7 @@ class Facts:
     counts: tuple[int, int, int] | None = None  # samples of train, query, gallery
     mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # else ImageNet's
     std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    junk: tuple[int, ...] = ()  # pids whose files are left out without a word
 
 
 _MARKET = ("bounding_box_train", "query", "bounding_box_test")
@@ -154,6 +156,12 @@ DATASETS = {
     "folder": Facts((Layout("{split}/{modality}/*", SPLITS),)),
 }
 
+    "market1501": Facts(
+        (Layout("{split}/*", _MARKET, whole=True),),
+        ("rgb",),
+        counts=(12936, 3368, 15913),
+        junk=(-1,),  # bad detections; 0000 are distractors, which stay in the gallery
+    ),
 
 # --- samples and splits
 
@@ -591,7 +599,7 @@ class Source:
         samples = []
         for name, images in sorted(files.items()):
             if images and (sample := self.sample(name, images)):
-                samples.append(sample)
+                samples += [sample] if sample.pid not in self.facts.junk else []
             elif images:
                 problems.append(
                     f"{self.base}: {name}: no identity and camera in the name;"
@@ -601,7 +609,7 @@ class Source:
 
     def folders(self) -> dict[str, tuple[str, ...]]:
         """Folders to look in, and which of the chosen modalities a file there holds."""
-        if self.layout.mosaic:
+        if self.layout.mosaic or self.layout.whole:
             return {"": self.modalities}
         named = zip(self.layout.modalities or self.found, self.found, strict=True)
         return {folder: (name,) if name in self.modalities else () for folder, name in named}

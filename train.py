@@ -73,6 +73,7 @@ RECIPES = {
     "rgbnt201": {"image_size": (256, 128)},  # customary
     "msvr310": {"image_size": (128, 256)},
     "wmveid863": {"image_size": (128, 256)},
+    "market1501": {"image_size": (256, 128)},  # customary
 }
 PLUS = {  # --recipe plus, ours: the field's known means together; ablate.py --table plus
     "sampling": "identities",
@@ -108,6 +109,7 @@ PLUS_OF = {  # data set -> what it changes of PLUS: small sets take more epochs 
     "rgbnt201": {**PLUS_REAL, "image_size": (256, 128), "epochs": (10, 75)},  # persons: upright
     "msvr310": {**PLUS_REAL, "epochs": (40, 290)},
     "wmveid863": {**PLUS_REAL, "epochs": (13, 90)},
+    "market1501": {**PLUS_REAL, "image_size": (256, 128), "epochs": (3, 24)},
 }
 HAMNET = {  # --fusion hamnet: its published code's settings, but for what is marked as ours
     "backbone": "resnet50",
