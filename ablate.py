@@ -316,7 +316,7 @@ def test_again(row: Row, args: argparse.Namespace, path: Path) -> dict:
     if "--modalities" not in options:
         modalities = config.modalities
     source = (args.dataset, args.data_root, modalities, config.image_size, args.store_gb)
-    dataset = data.load_dataset(*source)
+    dataset = data.load_dataset(*source, ranges=args.range)
     ranking = evaluate.rank_splits(embedder, dataset.query, dataset.gallery)
     metrics = evaluate.figures(embedder.model, ranking)
     if runtime.rank() == 0:

@@ -7,6 +7,7 @@ sample maps modality to image.
 """
 
 import hashlib
+import argparse
 import os
 import re
 import shutil
@@ -35,12 +36,13 @@ import runtime
 from runtime import UserError
 
 SPLITS = ("train", "query", "gallery")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 2**26  # of an image: more is refused before it is decoded
 STORE_GB = 20.0  # RGBN300 at 224x224, the largest of the paper's, takes 16.6
 ROOT = Path(__file__).parent
 
 
+Ranges = dict[str, tuple[float, float]]  # modality -> the raw values that become 0 and 255
 # --- what is known of each data set
 
 
@@ -57,9 +59,9 @@ class Layout:
     modalities: tuple[str, ...] = ()  # folders, in the data set's order; none: as found
     query_names: str = ""  # folder whose file names say which samples of the query folder to take
 
+    whole: bool = False  # one modality, in files of its own without a folder for it
     @property
     def mosaic(self) -> bool:
-    whole: bool = False  # one modality, in files of its own without a folder for it
         return "{modality}" not in self.pattern and not self.whole
 
     def tree(self) -> str:
@@ -80,9 +82,9 @@ class Facts:
     name: str = r"(?:^|/)(?P<pid>-?\d+)_c(?P<key>\d+)[^/]*$"
     first_key: int = 1  # in the names; ours start at 0
     counts: tuple[int, int, int] | None = None  # samples of train, query, gallery
+    junk: tuple[int, ...] = ()  # pids whose files are left out without a word
     mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # else ImageNet's
     std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    junk: tuple[int, ...] = ()  # pids whose files are left out without a word
 
 
 _MARKET = ("bounding_box_train", "query", "bounding_box_test")
@@ -153,15 +155,15 @@ DATASETS = {
         ("rgb", "nir", "tir"),
         name=r"(?:^|/)(?P<pid>\d+)/v(?P<key>\d)[^/]*$",
     ),
-    "folder": Facts((Layout("{split}/{modality}/*", SPLITS),)),
-}
-
     "market1501": Facts(
         (Layout("{split}/*", _MARKET, whole=True),),
         ("rgb",),
         counts=(12936, 3368, 15913),
         junk=(-1,),  # bad detections; 0000 are distractors, which stay in the gallery
     ),
+
+    "folder": Facts((Layout("{split}/{modality}/*", SPLITS),)),
+}
 
 # --- samples and splits
 
@@ -180,8 +182,8 @@ class Split(torch.utils.data.Dataset):
     """Samples sorted by name. split[i] -> ({modality: uint8 (3, H, W)}, pid, key).
 
     A modality that a sample lacks is absent. H and W are `image_size`, or the file's own without
-    it. `store_gb` bounds what `decoded` may keep on disk. Raises UserError for an image that cannot
-    be read.
+    it. `store_gb` bounds what `decoded` may keep on disk, `ranges` scale images of more than 8
+    bits. Raises UserError for an image that cannot be read.
     """
 
     def __init__(
@@ -191,8 +193,9 @@ class Split(torch.utils.data.Dataset):
         image_size: tuple[int, int] | None = None,
         store_gb: float = 0.0,
     ):
+        ranges: Ranges | None = None,
         self.samples, self.modalities, self.image_size = samples, modalities, image_size
-        self.store_gb = store_gb
+        self.store_gb, self.ranges = store_gb, ranges or {}
         self.pids = torch.tensor([sample.pid for sample in samples], dtype=torch.int64)
         self.keys = torch.tensor([sample.key for sample in samples], dtype=torch.int64)
 
@@ -210,24 +213,29 @@ class Split(torch.utils.data.Dataset):
 
     def read(self, sample: Sample, modalities: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Decode a sample's files, each once, whatever number of tiles is taken from it."""
-        files: dict[Path, dict[str, int | None]] = {}
+        files: dict[tuple, dict[str, int | None]] = {}
         for modality in modalities or self.modalities:
             if modality in sample.images:
                 path, tile = sample.images[modality]
-                files.setdefault(path, {})[modality] = tile
+                files.setdefault((path, self.ranges.get(modality)), {})[modality] = tile
         images = {}
-        for path, tiles in files.items():
-            decoded = read_tiles(path, list(tiles.values()), self.image_size)
+        for (path, scaling), tiles in files.items():
+            decoded = read_tiles(path, list(tiles.values()), self.image_size, scaling)
             images |= zip(tiles, decoded, strict=True)
         return images
 
     def subset(self, samples: list[Sample]) -> "Split":
-        return Split(samples, self.modalities, self.image_size, self.store_gb)
+        return Split(samples, self.modalities, self.image_size, self.store_gb, self.ranges)
 
 
-def read_tiles(path: Path, tiles: list[int | None], size: tuple[int, int] | None) -> Tensor:
+def read_tiles(
+    path: Path,
+    tiles: list[int | None],
+    size: tuple[int, int] | None,
+    scaling: tuple[float, float] | None = None,
+) -> Tensor:
     """These tiles of a mosaic, or [None] for the whole image: (tiles, 3, H, W), uint8."""
-    pixels = torch.from_numpy(np.array(read_image(path)))
+    pixels = torch.from_numpy(np.array(read_image(path, scaling)))
     H, W, _ = pixels.shape
     if tiles == [None]:
         images = pixels[None]
@@ -245,19 +253,42 @@ def read_tiles(path: Path, tiles: list[int | None], size: tuple[int, int] | None
     return images
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, scaling: tuple[float, float] | None = None) -> Image.Image:
+    """An image as RGB, upright. `scaling`: raw values, of more than 8 bits, that become 0, 255."""
     try:
-        with Image.open(path, formats=("JPEG", "PNG", "BMP")) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"mode {image.mode}: more than 8 bits a channel")
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with open_image(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if not is_deep(image):
+                return upright.convert("RGB")
+            raw = np.nan_to_num(np.asarray(upright, np.float32))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path}: not an image that can be read ({error}); replace or remove the file"
         ) from None
 
+    if not scaling:
+        raise UserError(
+            f"{path}: more than 8 bits a channel, values {raw.min():g} to {raw.max():g}; say which"
+            " become 0 and 255 by --tir-range LOW HIGH, or another sensor's by --range"
+            " NAME=LOW,HIGH (python data.py --check suggests them)"
+        )
+    low, high = scaling
+    scaled = np.rint((raw - low) * (255 / (high - low))).clip(0, 255)
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file, of which only the head has been read."""
+    image = Image.open(path, formats=("JPEG", "PNG", "BMP", "TIFF"))
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+    return image
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether its one channel has more than 8 bits: integers or floats."""
+    return image.mode[0] in "IF"
 
 # --- the store: each image decoded once, for all epochs, runs and ranks of a machine
 
@@ -296,7 +327,8 @@ def store_files(split: Split) -> dict[str, Path]:
     states: dict[Path, str] = {}
     files = {}
     for modality in split.modalities:
-        digest = hashlib.sha256(repr((STORE_VERSION, split.image_size)).encode())
+        known = (STORE_VERSION, split.image_size, *split.ranges.get(modality, ()))
+        digest = hashlib.sha256(repr(known).encode())
         for sample in split.samples:
             path, tile = sample.images.get(modality, (None, None))
             if path and path not in states:
@@ -484,16 +516,20 @@ def load_dataset(
     image_size: tuple[int, int] | None = None,
     store_gb: float = 0.0,
 ) -> Dataset:
+    ranges: Ranges | None = None,
     """Find the files of a data set; `root` is its folder or the parent of it.
 
     "synthetic" is rendered where it is absent. `modalities` keeps those alone, `image_size`
-    (height, width) resizes, `store_gb` bounds the store of decoded images. Training samples that
-    lack a modality are left out; query and gallery samples stay with what they have; what has none
-    is left out. Each is said in a warning. Raises UserError, with the trees expected, where nothing
-    matches.
+    (height, width) resizes, `store_gb` bounds the store of decoded images, `ranges` scale those of
+    more than 8 bits. Training samples that lack a modality are left out; query and gallery samples
+    stay with what they have; what has none is left out. Each is said in a warning. Raises
+    UserError, with the trees expected, where nothing matches.
     """
     source = find_source(name, Path(root), modalities)
     splits = {}
+    if unknown := [modality for modality in ranges or {} if modality not in source.found]:
+        found = ", ".join(source.found)
+        _warn(f"--range {', '.join(unknown)}: {source.base} has no such modality, but {found}")
     for number, split in enumerate(SPLITS):
         index = source.index(number)
         if index.problems:
@@ -503,7 +539,7 @@ def load_dataset(
         samples = _usable(index, split, source.modalities)
         if not samples:
             raise UserError(source.nothing_in(split))
-        splits[split] = Split(samples, source.modalities, image_size, store_gb)
+        splits[split] = Split(samples, source.modalities, image_size, store_gb, ranges)
         known = source.facts.counts
         if known and len(samples) != known[number]:
             _warn(
@@ -720,7 +756,7 @@ def check(name: str, root: str | Path, modalities: tuple[str, ...] | None = None
     splits, lines = {}, []
     for number, split in enumerate(SPLITS):
         index = source.index(number)
-        splits[split] = index.samples
+        splits[split] = Split(index.samples, source.modalities, ranges=ranges)
         lines += index.problems
         if not index.samples:
             lines.append(source.nothing_in(split))
@@ -1005,3 +1041,30 @@ def add_store_option(parser) -> None:
 
 if __name__ == "__main__":
     main()
+    text = f"raw values of TIR that become 0 and 255, in images of more than 8 bits{default}"
+    option = {"action": _RangeOption, "dest": "range", "type": runtime.real()}
+    parser.add_argument("--tir-range", nargs=2, metavar=("LOW", "HIGH"), help=text, **option)
+    option["type"] = _named_range
+    text = "the same of any sensors, by name"
+    parser.add_argument("--range", nargs="+", metavar="NAME=LOW,HIGH", help=text, **option)
+
+
+class _RangeOption(argparse.Action):
+    """--tir-range and --range fill one dictionary; see Ranges."""
+
+    def __call__(self, parser, args, values, option=None):
+        named = [("tir", tuple(values))] if option == "--tir-range" else values
+        for _, (low, high) in named:
+            if not low < high:
+                raise argparse.ArgumentError(
+                    self, f"expected LOW below HIGH, not {low:g} and {high:g}"
+                )
+        args.range = {**(args.range or {}), **dict(named)}
+
+
+def _named_range(text: str) -> tuple[str, tuple[float, ...]]:
+    name, _, pair = text.partition("=")
+    values = pair.split(",")
+    if not name or len(values) != 2:
+        raise argparse.ArgumentTypeError(f"expected NAME=LOW,HIGH, e.g. tir=7000,9500, not {text}")
+    return name, tuple(map(runtime.real(), values))

@@ -444,6 +444,7 @@ def fill_from_training(args: argparse.Namespace, settings: dict) -> None:
                 option = name.replace("_", "-")
                 raise UserError(f"{args.checkpoint}: its settings lack {name}; give --{option}")
             setattr(args, name, settings[name])
+    args.range = args.range or settings.get("range")  # absent from older checkpoints
 
 
 @runtime.program
@@ -475,7 +476,8 @@ def main() -> None:
     embedder = Embedder(model, *normalisation, device, args.precision, args.workers)
     load = functools.cache(
         lambda subset: data.load_dataset(
-            args.dataset, args.data_root, subset, model.config.image_size, args.store_gb
+            *(args.dataset, args.data_root, subset, model.config.image_size, args.store_gb),
+            ranges=args.range,
         )
     )
 

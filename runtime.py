@@ -128,6 +128,7 @@ def real(low: float = -math.inf, high: float = math.inf):
 def _number(kind: type, name: str, low: float, high: float):
     unbounded = high in (math.inf, 2**63 - 1)
     expected = f"{name} of at least {low}" if unbounded else f"{name} from {low} to {high}"
+    expected = name if unbounded and low == -math.inf else expected
 
     def read(text: str):
         try:

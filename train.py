@@ -770,7 +770,12 @@ def refuse_occupied(args: argparse.Namespace) -> Path:
 def load_splits(args: argparse.Namespace) -> tuple[data.Dataset, tuple | None]:
     """The data set, and query and gallery of the identities that --val-ids holds out."""
     dataset = data.load_dataset(
-        args.dataset, args.data_root, args.modalities, args.image_size, args.store_gb
+        args.dataset,
+        args.data_root,
+        args.modalities,
+        args.image_size,
+        args.store_gb,
+        ranges=args.range,
     )
     if not args.val_ids:
         return dataset, None

@@ -46,9 +46,9 @@ def find_samples(folder: Path, modalities: tuple[str, ...]) -> list[data.Sample]
     return [data.Sample(name, 0, 0, images) for name, images in sorted(files.items())]
 
 
-def embed(embedder: evaluate.Embedder, samples: list[data.Sample]) -> np.ndarray:
+def make_split(samples: list[data.Sample], embedder: evaluate.Embedder, args) -> data.Split:
     config = embedder.model.config
-    return embedder.embed(data.Split(samples, config.modalities, config.image_size)).numpy()
+    return data.Split(samples, config.modalities, config.image_size, ranges=args.range)
 
 
 def fingerprint(path: str) -> str:
@@ -61,7 +61,7 @@ def index(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out}: expected a name as gallery.npz")
     samples = find_samples(args.folder, modalities)
-    features = embed(embedder, samples)
+    features = embedder.embed(make_split(samples, embedder, args)).numpy()
     files = [
         [str(sample.images[m][0].resolve()) if m in sample.images else "" for m in modalities]
         for sample in samples
@@ -157,7 +157,9 @@ def query(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
         if not present or (gallery["files"] == "").any():
             names = ", ".join(modalities)
             print(f"the threshold is for samples of {names}: for others its rate is not known")
-    similarity = gallery["features"] @ embed(embedder, [asked])[0]
+    similarity = (
+        gallery["features"] @ embedder.embed(make_split([asked], embedder, args))[0].numpy()
+    )
     best = np.argsort(-similarity, kind="stable")[: args.top]
     matches = np.zeros(len(similarity), bool) if threshold is None else similarity >= threshold
     verdicts = np.where(matches, "match  ", "       " if threshold is not None else "")
@@ -167,25 +169,27 @@ def query(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
     if threshold is not None:
         count = int(matches.sum()) or "none"
         print(f"{count} of {len(matches)} samples match: similarity of {threshold:.4f} or more")
-    draw(args.picture, asked, gallery, [(i, similarity[i], matches[i]) for i in best], config)
+    shown = [(i, similarity[i], matches[i]) for i in best]
+    split = make_split([asked, *(in_gallery(gallery, i) for i in best)], embedder, args)
+    draw(args.picture, split, shown)
     print(f"{args.picture}: the query and its {len(best)} best")
 
 
-def draw(path: Path, asked: data.Sample, gallery: dict, best: list[tuple], config) -> None:
-    """The query and the best of the gallery (place, similarity, whether it matches: green)."""
-    samples = [asked]
-    for i, _, _ in best:
-        files = zip(gallery["modalities"], gallery["files"][i], strict=True)
-        images = {str(modality): (Path(file), None) for modality, file in files if file}
-        samples.append(data.Sample(str(gallery["names"][i]), 0, 0, images))
-    split = data.Split(samples, config.modalities, config.image_size)
+def in_gallery(gallery: dict, i: int) -> data.Sample:
+    files = zip(gallery["modalities"], gallery["files"][i], strict=True)
+    images = {str(modality): (Path(file), None) for modality, file in files if file}
+    return data.Sample(str(gallery["names"][i]), 0, 0, images)
+
+
+def draw(path: Path, split: data.Split, best: list[tuple]) -> None:
+    """The query, then the best of the gallery (place, similarity, whether it matches: green)."""
     cells = [pictures.Cell(split[0][0], ("query", ""))]
     for position, (_, similarity, match) in enumerate(best, 1):
-        name = samples[position].name[-24:]
+        name = split.samples[position].name[-24:]
         lines = (f"{position}. {name}", f"similarity {similarity:.3f}")
         colour = pictures.RIGHT if match else pictures.PLAIN
         cells.append(pictures.Cell(split[position][0], lines, colour))
-    pictures.sheet([cells], config.modalities, path)
+    pictures.sheet([cells], split.modalities, path)
 
 
 def parse() -> argparse.Namespace:
@@ -224,7 +228,8 @@ def main() -> None:
     print("settings:", {name: value for name, value in vars(args).items() if name != "run"})
     device = runtime.start(args.device)
     options = {"precision": args.precision, "workers": args.workers}
-    embedder, _ = evaluate.load_embedder(args.checkpoint, device, **options)
+    embedder, checkpoint = evaluate.load_embedder(args.checkpoint, device, **options)
+    args.range = checkpoint["settings"].get("range")  # the sensors are those of training
     args.run(args, embedder)
 
 

@@ -183,7 +183,8 @@ def calibration(args: argparse.Namespace, checkpoint: dict, size) -> tuple[data.
     if args.calibrate_on:
         if not args.calibrate_on.is_dir():  # the synthetic set would be rendered there
             raise UserError(f"--calibrate-on {args.calibrate_on}: no such folder")
-        other = data.load_dataset(args.dataset, args.calibrate_on, args.modalities, size)
+        source = (args.dataset, args.calibrate_on, args.modalities, size)
+        other = data.load_dataset(*source, ranges=args.range)
         return other.query, other.gallery
     settings = checkpoint["settings"]
     if not settings.get("val_ids"):
@@ -192,7 +193,8 @@ def calibration(args: argparse.Namespace, checkpoint: dict, size) -> tuple[data.
             " that it was trained on would be optimistic; give --calibrate-on DATA_ROOT with others"
         )
     root = settings["data_root"] if Path(settings["data_root"]).is_dir() else args.data_root
-    dataset = data.load_dataset(settings["dataset"], root, args.modalities, size)
+    source = (settings["dataset"], root, args.modalities, size)
+    dataset = data.load_dataset(*source, ranges=args.range)
     rest, query, gallery = data.hold_out(dataset.train, settings["val_ids"])
     if rest.pids.unique().tolist() != checkpoint.get("pids"):
         raise UserError(
@@ -357,7 +359,8 @@ def main() -> None:
         raise UserError(f"--modalities {','.join(unknown)}: the model was trained on {trained}")
     chosen = None
     splits = calibration(args, checkpoint, size) if args.fmr else None
-    dataset = data.load_dataset(args.dataset, args.data_root, args.modalities, size)
+    source = (args.dataset, args.data_root, args.modalities, size)
+    dataset = data.load_dataset(*source, ranges=args.range)
     if splits:
         refuse_same(dataset.gallery, splits[1], args.calibrate_on)
         chosen = choose(args, embedder, splits)
