@@ -1,13 +1,14 @@
 """Data sets of multi-modal ReID: what is known of each, how files are found and read, triplets.
 
 python data.py --check --dataset rgbnt100 --data-root DIR     read all of it, list what is wrong
+    --contact-sheet sheet.jpg                                 and show some of it
 
 Shapes: B samples, H height, W width, T triplets of a step. Images are uint8 RGB, (3, H, W); a
 sample maps modality to image.
 """
 
-import hashlib
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -41,8 +42,8 @@ MAX_PIXELS = 2**26  # of an image: more is refused before it is decoded
 STORE_GB = 20.0  # RGBN300 at 224x224, the largest of the paper's, takes 16.6
 ROOT = Path(__file__).parent
 
-
 Ranges = dict[str, tuple[float, float]]  # modality -> the raw values that become 0 and 255
+
 # --- what is known of each data set
 
 
@@ -58,8 +59,8 @@ class Layout:
     splits: tuple[str, str, str]  # folders of train, query, gallery
     modalities: tuple[str, ...] = ()  # folders, in the data set's order; none: as found
     query_names: str = ""  # folder whose file names say which samples of the query folder to take
-
     whole: bool = False  # one modality, in files of its own without a folder for it
+
     @property
     def mosaic(self) -> bool:
         return "{modality}" not in self.pattern and not self.whole
@@ -81,8 +82,8 @@ class Facts:
     modalities: tuple[str, ...] = ()  # none: those found
     name: str = r"(?:^|/)(?P<pid>-?\d+)_c(?P<key>\d+)[^/]*$"
     first_key: int = 1  # in the names; ours start at 0
-    counts: tuple[int, int, int] | None = None  # samples of train, query, gallery
     junk: tuple[int, ...] = ()  # pids whose files are left out without a word
+    counts: tuple[int, int, int] | None = None  # samples of train, query, gallery
     mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # else ImageNet's
     std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
@@ -161,9 +162,9 @@ DATASETS = {
         counts=(12936, 3368, 15913),
         junk=(-1,),  # bad detections; 0000 are distractors, which stay in the gallery
     ),
-
     "folder": Facts((Layout("{split}/{modality}/*", SPLITS),)),
 }
+
 
 # --- samples and splits
 
@@ -192,8 +193,8 @@ class Split(torch.utils.data.Dataset):
         modalities: tuple[str, ...],
         image_size: tuple[int, int] | None = None,
         store_gb: float = 0.0,
-    ):
         ranges: Ranges | None = None,
+    ):
         self.samples, self.modalities, self.image_size = samples, modalities, image_size
         self.store_gb, self.ranges = store_gb, ranges or {}
         self.pids = torch.tensor([sample.pid for sample in samples], dtype=torch.int64)
@@ -265,7 +266,6 @@ def read_image(path: Path, scaling: tuple[float, float] | None = None) -> Image.
         raise UserError(
             f"{path}: not an image that can be read ({error}); replace or remove the file"
         ) from None
-
     if not scaling:
         raise UserError(
             f"{path}: more than 8 bits a channel, values {raw.min():g} to {raw.max():g}; say which"
@@ -289,6 +289,7 @@ def open_image(path: Path) -> Image.Image:
 def is_deep(image: Image.Image) -> bool:
     """Whether its one channel has more than 8 bits: integers or floats."""
     return image.mode[0] in "IF"
+
 
 # --- the store: each image decoded once, for all epochs, runs and ranks of a machine
 
@@ -515,8 +516,8 @@ def load_dataset(
     modalities: tuple[str, ...] | None = None,
     image_size: tuple[int, int] | None = None,
     store_gb: float = 0.0,
-) -> Dataset:
     ranges: Ranges | None = None,
+) -> Dataset:
     """Find the files of a data set; `root` is its folder or the parent of it.
 
     "synthetic" is rendered where it is absent. `modalities` keeps those alone, `image_size`
@@ -526,10 +527,10 @@ def load_dataset(
     UserError, with the trees expected, where nothing matches.
     """
     source = find_source(name, Path(root), modalities)
-    splits = {}
     if unknown := [modality for modality in ranges or {} if modality not in source.found]:
         found = ", ".join(source.found)
         _warn(f"--range {', '.join(unknown)}: {source.base} has no such modality, but {found}")
+    splits = {}
     for number, split in enumerate(SPLITS):
         index = source.index(number)
         if index.problems:
@@ -750,8 +751,19 @@ def _modality_folders(base: Path, layout: Layout) -> tuple[str, ...]:
 # --- checking all of it
 
 
-def check(name: str, root: str | Path, modalities: tuple[str, ...] | None = None) -> list[str]:
-    """Read every image of a data set; a line for each thing that is wrong with it."""
+def check(
+    name: str,
+    root: str | Path,
+    modalities: tuple[str, ...] | None = None,
+    ranges: Ranges | None = None,
+    sheet: Path | None = None,
+) -> list[str]:
+    """Read every image of a data set; a line for each thing that is wrong with it.
+
+    Prints what it holds, and draws a contact sheet of it.
+    """
+    from extras import report
+
     source = find_source(name, Path(root), modalities)
     splits, lines = {}, []
     for number, split in enumerate(SPLITS):
@@ -768,11 +780,15 @@ def check(name: str, root: str | Path, modalities: tuple[str, ...] | None = None
             f"{source.base}: {split}: {name} lacks {', '.join(absent)}"
             for name, absent in lacking.items()
         ]
-        lines += _unreadable(Split(index.samples, source.modalities), split)
-    return lines + [f"{source.base}: {line}" for line in _inconsistent(splits)]
+        lines += _unreadable(splits[split], split)
+    lines += [f"{source.base}: {line}" for line in _inconsistent(splits)]
+    return lines + [f"{source.base}: {line}" for line in report.report(splits, sheet)]
 
 
 def _unreadable(split: Split, name: str) -> list[str]:
+    any_range = dict.fromkeys(split.modalities, (0.0, 1.0))  # the lack of one is said once for all
+    split = Split(split.samples, split.modalities, ranges={**any_range, **split.ranges})
+
     def problem(sample: Sample) -> str | None:
         try:
             split.read(sample)
@@ -784,11 +800,11 @@ def _unreadable(split: Split, name: str) -> list[str]:
         return [line for line in tqdm(results, name, len(split), leave=False, disable=None) if line]
 
 
-def _inconsistent(splits: dict[str, list[Sample]]) -> list[str]:
+def _inconsistent(splits: dict[str, Split]) -> list[str]:
     """Identities that cannot be trained on, queries that cannot be found, leaks."""
-    counts = Counter(sample.pid for sample in splits["train"])
+    counts = Counter(sample.pid for sample in splits["train"].samples)
     keys: dict[int, set[int]] = {}
-    for sample in splits["gallery"]:
+    for sample in splits["gallery"].samples:
         keys.setdefault(sample.pid, set()).add(sample.key)
     lines = [
         f"train: identity {pid} has a single sample, so no positive"
@@ -797,7 +813,7 @@ def _inconsistent(splits: dict[str, list[Sample]]) -> list[str]:
     ]
     lines += [
         f"query: {sample.name} has no match in the gallery from another camera or scene"
-        for sample in splits["query"]
+        for sample in splits["query"].samples
         if not keys.get(sample.pid, set()) - {sample.key}
     ]
     lines += [
@@ -1010,10 +1026,14 @@ def main() -> None:
     text = "read every image, list everything that is wrong"
     parser.add_argument("--check", action="store_true", required=True, help=text)
     add_options(parser)
+    text = "draw some identities by some cameras, all sensors of a sample side by side"
+    parser.add_argument("--contact-sheet", metavar="FILE", type=Path, help=text)
     text = "accepted by every program; nothing is drawn here"
     parser.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
     args = parser.parse_args()
-    lines = check(args.dataset, args.data_root, args.modalities)
+    lines = check(
+        args.dataset, args.data_root, args.modalities, args.range, sheet=args.contact_sheet
+    )
     print(*lines, sep="\n", end="\n" if lines else "")
     if lines:
         raise UserError(f"{args.data_root}: {len(lines)} things are wrong, see above")
@@ -1031,16 +1051,6 @@ def add_options(parser, trained: bool = False) -> None:
     parser.add_argument("--data-root", metavar="DIR", default=fallback, help=text)
     text = f"e.g. rgb,tir (default: {'all that were trained' if trained else 'all there are'})"
     parser.add_argument("--modalities", metavar="NAMES", type=runtime.names, help=text)
-
-
-def add_store_option(parser) -> None:
-    text = "disk space for decoded images (~/.cache/graft); 0: decode each time they are needed"
-    gigabytes = {"dest": "store_gb", "metavar": "GB", "type": runtime.real(0)}
-    parser.add_argument("--store", default=STORE_GB, help=text, **gigabytes)
-
-
-if __name__ == "__main__":
-    main()
     text = f"raw values of TIR that become 0 and 255, in images of more than 8 bits{default}"
     option = {"action": _RangeOption, "dest": "range", "type": runtime.real()}
     parser.add_argument("--tir-range", nargs=2, metavar=("LOW", "HIGH"), help=text, **option)
@@ -1068,3 +1078,13 @@ def _named_range(text: str) -> tuple[str, tuple[float, ...]]:
     if not name or len(values) != 2:
         raise argparse.ArgumentTypeError(f"expected NAME=LOW,HIGH, e.g. tir=7000,9500, not {text}")
     return name, tuple(map(runtime.real(), values))
+
+
+def add_store_option(parser) -> None:
+    text = "disk space for decoded images (~/.cache/graft); 0: decode each time they are needed"
+    gigabytes = {"dest": "store_gb", "metavar": "GB", "type": runtime.real(0)}
+    parser.add_argument("--store", default=STORE_GB, help=text, **gigabytes)
+
+
+if __name__ == "__main__":
+    main()
