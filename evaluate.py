@@ -403,6 +403,8 @@ def parse() -> argparse.Namespace:
     add("--failures", type=Path, metavar="FILE", help=text)
     add("--attention", type=Path, metavar="FILE", help="where the fusion token attends (GraFT)")
     add("--cmc", type=Path, metavar="FILE", help="the CMC curve (needs matplotlib)")
+    text = "t-SNE of gallery samples, a colour an identity (needs scikit-learn, matplotlib)"
+    add("--map", type=Path, metavar="FILE", help=text)
     words = ["random", "best", "worst"]
     text = "which to draw: random, best, worst (two each), or names"
     add("--queries", nargs="+", default=words, metavar="Q", help=text)
@@ -414,7 +416,8 @@ def parse() -> argparse.Namespace:
     text = "of the random queries that are drawn"
     group.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
     args = parser.parse_args()
-    args.pictures = any((args.ranked_list, args.failures, args.attention, args.cmc))
+    drawn = (args.ranked_list, args.failures, args.attention, args.cmc, args.map)
+    args.pictures = any(drawn)
     crossed = args.query_modalities or args.gallery_modalities
     if (args.all_subsets or args.all_pairs) and (args.pictures or crossed):
         raise UserError(
@@ -457,6 +460,10 @@ def main() -> None:
         from extras.pictures import need_matplotlib
 
         need_matplotlib()
+    if args.map:
+        from extras.tsne import need_sklearn
+
+        need_sklearn()
     model, checkpoint = load_model(args.checkpoint)
     fill_from_training(args, checkpoint["settings"])
     runtime.print0("settings:", vars(args))

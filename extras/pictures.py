@@ -1,6 +1,7 @@
 """Pictures: sheets of images by Pillow, charts by matplotlib, which only they need.
 
 python -m extras.pictures runs/synthetic            draws RUN/curves.png from RUN/log.jsonl
+python -m extras.pictures runs/synthetic --html     all on one page, RUN/report.html
 
 evaluate.py draws ranked lists, failures, attention maps and the CMC curve by `draw`.
 """
@@ -24,6 +25,7 @@ import runtime
 from runtime import UserError
 
 RIGHT, WRONG, PLAIN = (0, 150, 60), (210, 30, 30), (90, 90, 90)  # frames
+OWN_TOKENS = ("graft", "multistream")  # fusions: the embedding is the mean of the modalities'
 HEIGHT, GAP, FRAME, LINE = 72, 8, 4, 15  # pixels: of an image, between cells, a frame, a text line
 
 
@@ -37,13 +39,20 @@ def draw(args: argparse.Namespace, embedder: evaluate.Embedder, ranking: evaluat
     if args.ranked_list:
         ranked_list(ranking, chosen, args.ranked_list)
     if args.failures:
-        worst = [i for i in ap.argsort().tolist() if not ap[i].isnan()][:6]
-        failures(ranking, [(i, "worst") for i in worst], args.failures)
+        failures(ranking, worst(ap), args.failures)
     if args.cmc:
         cmc_chart(ranking.metrics.cmc, args.cmc)
     if args.attention:
         attention(embedder, query, [i for i, _ in chosen], args.attention)
         print_reliance(embedder, query)
+    if args.map:
+        from extras import tsne
+
+        tsne.draw(embedder, ranking.gallery, args.map, args.seed)
+
+
+def worst(ap: Tensor, count: int = 6) -> list[tuple[int, str]]:
+    return [(i, "worst") for i in ap.argsort().tolist() if not ap[i].isnan()][:count]
 
 
 def choose(words: list[str], query: data.Split, ap: Tensor, seed: int) -> list[tuple[int, str]]:
@@ -95,6 +104,33 @@ def reliance(embedder: evaluate.Embedder, split: data.Split) -> Tensor:
         return torch.stack(columns, 1)
 
     return embedder.for_each(split, turned, len(split.modalities))
+
+
+def own_tokens(embedder: evaluate.Embedder, split: data.Split) -> tuple[Tensor, Tensor]:
+    """Each modality's own tested tokens, (N, M, D), and which a sample has, (N, M).
+
+    Of a fusion whose embedding is their mean: see OWN_TOKENS.
+    """
+    names, kind = split.modalities, embedder.model.config.test_token
+
+    def own(images: dict[str, Tensor]) -> Tensor:
+        encoded = zip(images, embedder.model.encode(images), strict=True)
+        tokens = {name: getattr(embeddings, kind) for name, embeddings in encoded}
+        absent = torch.zeros_like(next(iter(tokens.values())))
+        return torch.cat([tokens.get(name, absent) for name in names], 1)
+
+    rows = embedder.for_each(split, own, len(names) * embedder.model.width)
+    present = torch.tensor([[name in sample.images for name in names] for sample in split.samples])
+    return rows.unflatten(1, (len(names), -1)), present
+
+
+@torch.no_grad()
+def mean_features(embedder: evaluate.Embedder, own: Tensor, present: Tensor) -> Tensor:
+    """Embeddings (N, D) of those tokens (N, M, D) that are `present` (N, M), as Embedder's."""
+    tokens = (own * present[..., None]).sum(1) / present.sum(1, keepdim=True)
+    if embedder.model.config.bnneck_features:
+        tokens = embedder.model.bottleneck(tokens.to(embedder.device)).cpu()
+    return F.normalize(tokens)
 
 
 # --- sheets
@@ -167,6 +203,10 @@ Chosen = list[tuple[int, str]]  # queries, each with the reason why it is drawn
 
 
 def ranked_list(ranking: evaluate.Ranking, chosen: Chosen, path: str | Path, top=10) -> None:
+    sheet(ranked_rows(ranking, chosen, top), ranking.query.modalities, path)
+
+
+def ranked_rows(ranking: evaluate.Ranking, chosen: Chosen, top: int = 10) -> list[list[Cell]]:
     """Queries with the `top` gallery samples nearest to them: right ones framed green, wrong red.
 
     Samples of the query's identity and camera (or scene) are left out, as in the metric.
@@ -176,10 +216,14 @@ def ranked_list(ranking: evaluate.Ranking, chosen: Chosen, path: str | Path, top
         order, similarity = order_of(ranking, i)
         answers = [answer(ranking, i, j, similarity[j]) for j in order[:top].tolist()]
         rows.append([asked(ranking, i, reason), *answers])
-    sheet(rows, ranking.query.modalities, path)
+    return rows
 
 
 def failures(ranking: evaluate.Ranking, chosen: Chosen, path: str | Path, top=6) -> None:
+    sheet(failure_rows(ranking, chosen, top), ranking.query.modalities, path)
+
+
+def failure_rows(ranking: evaluate.Ranking, chosen: Chosen, top: int = 6) -> list[list[Cell]]:
     """Queries with the wrong samples nearest to them, and the first right one with its rank."""
     rows = []
     for i, reason in chosen:
@@ -191,7 +235,7 @@ def failures(ranking: evaluate.Ranking, chosen: Chosen, path: str | Path, top=6)
         j = int(order[first])
         cells.append(answer(ranking, i, j, similarity[j], f"rank {first + 1}: "))
         rows.append([asked(ranking, i, reason), *cells])
-    sheet(rows, ranking.query.modalities, path)
+    return rows
 
 
 def order_of(ranking: evaluate.Ranking, i: int) -> tuple[Tensor, Tensor]:
@@ -223,6 +267,15 @@ def answer(ranking: evaluate.Ranking, i: int, j: int, similarity: float, prefix=
 def attention(
     embedder: evaluate.Embedder, split: data.Split, chosen: list[int], path: str | Path
 ) -> None:
+    rows = attention_rows(embedder, split, chosen)
+    half = (len(rows) + 1) // 2  # two samples a row
+    pairs = zip_longest(rows[:half], rows[half:], fillvalue=[])
+    sheet([a + b for a, b in pairs], split.modalities, path)
+
+
+def attention_rows(
+    embedder: evaluate.Embedder, split: data.Split, chosen: list[int]
+) -> list[list[Cell]]:
     """Samples of a split, each beside a map of the fusion token's attention in every encoder."""
     rows = []
     for i in chosen:
@@ -236,9 +289,7 @@ def attention(
         sums = ", ".join(f"{name} {100 * weights.sum():.0f}%" for name, weights in maps.items())
         cells = [Cell(images, (split.samples[i].name, "")), Cell(heated, ("on patches:", sums))]
         rows.append(cells)
-    half = (len(rows) + 1) // 2  # two samples a row
-    pairs = zip_longest(rows[:half], rows[half:], fillvalue=[])
-    sheet([a + b for a, b in pairs], split.modalities, path)
+    return rows
 
 
 def heat(image: Tensor, weights: Tensor) -> Tensor:
@@ -362,9 +413,23 @@ def main() -> None:
     parser = runtime.Parser(__doc__, prog="python -m extras.pictures")
     text = "folder of a run of train.py, e.g. runs/synthetic"
     parser.add_argument("run", metavar="RUN", type=Path, help=text)
-    text = "accepted by every program; nothing is drawn by chance here"
-    parser.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
-    print(curves(parser.parse_args().run))
+    text = "write RUN/report.html instead: figures, charts, ranked lists, attention, settings"
+    parser.add_argument("--html", action="store_true", help=text)
+    group = parser.add_argument_group("for --html")
+    data.add_options(group, trained=True)
+    runtime.add_device_options(group, precision=None)
+    text = "reading processes (default: as in training)"
+    group.add_argument("--workers", type=runtime.whole(0), help=text)
+    data.add_store_option(group)
+    text = "of the random queries that are shown"
+    group.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
+    args = parser.parse_args()
+    if not args.html:
+        print(curves(args.run))
+        return
+    from extras import page
+
+    print(page.write(args))
 
 
 if __name__ == "__main__":
