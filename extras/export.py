@@ -5,11 +5,12 @@ python -m extras.export runs/synthetic/last.pt --out model.onnx
 Inputs, by modality: uint8 RGB images (B, 3, H, W), or float32 from 0 to 1 with --float. Output:
 `embedding` (B, D), float32, L2-normalised, what evaluate.py ranks. B is free; the normalisation is
 in the graph. The file's metadata say the rest: modalities, image_size, input, precision, model
-(sha256 of the checkpoint).
+(sha256 of the checkpoint), and ranges (JSON) where training had --tir-range or --range.
 """
 
 import argparse
 import importlib
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -167,7 +168,7 @@ def main() -> None:
     need_packages()
     print("settings:", vars(args))
     cpu = torch.device("cpu")
-    embedder, _ = evaluate.load_embedder(args.checkpoint, cpu, precision="fp32", workers=0)
+    embedder, checkpoint = evaluate.load_embedder(args.checkpoint, cpu, precision="fp32", workers=0)
     config = embedder.model.requires_grad_(False).config
     modalities = args.modalities or config.modalities
     if unknown := [modality for modality in modalities if modality not in config.modalities]:
@@ -191,6 +192,8 @@ def main() -> None:
         "precision": "fp16" if args.fp16 else "fp32",
         "model": fingerprint(args.checkpoint),
     }
+    if ranges := checkpoint["settings"].get("range"):  # images come scaled by them
+        metadata["ranges"] = json.dumps(ranges)
     content = to_onnx(exported.half() if args.fp16 else exported, metadata)
     check(content, exported, expected)
     with runtime.deferred_signals():  # so that none leaves a temporary file
