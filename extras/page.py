@@ -35,8 +35,8 @@ h2 { margin: 2.2rem 0 .4rem; font-size: 1.2rem; }
 p, figcaption, th, .keys { color: var(--soft); }
 .cards { display: flex; flex-wrap: wrap; gap: .5rem 2rem; }
 .cards b { display: block; font-size: 1.9rem; line-height: 1.2; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
-.charts > div { flex: 1 1 20rem; max-width: 34rem; }
+.charts { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
 svg { width: 100%; height: auto; font-size: 11px; fill: var(--soft); }
 svg path { fill: none; stroke: var(--line); }
 svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
@@ -248,14 +248,14 @@ def line_chart(title: str, lines: dict, log: bool = False, mark: float | None = 
     for tick in ticks(lowest, top, log):
         _, y = place(left, tick)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - 8}"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
     for x, anchor in ((left, "start"), (right, "end")):
         across, _ = place(x, top)
         parts.append(f'<text x="{across:.0f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{x:g}</text>')
     if mark is not None:
         across, _ = place(mark, top)
         parts.append(f'<path stroke-dasharray="3" d="M{across:.1f} 10V{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{across + 4:.1f}" y="20">stage 2</text>')
+        parts.append(f'<text x="{across + 4:.1f}" y="{HEIGHT - BOTTOM - 6}">stage 2</text>')
     keys = []
     for i, (label, (x, y)) in enumerate(lines.items()):
         points = " ".join(

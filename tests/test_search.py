@@ -155,7 +155,7 @@ def test_evaluate_draws_what_it_is_asked_for(trained, tmp_path, monkeypatch, cap
     plain = json.loads((trained / "metrics.json").read_text())
     assert json.loads((tmp_path / "metrics.json").read_text())["mAP"] != plain["mAP"]
     assert call(evaluate, monkeypatch, trained / "last.pt", "--all-subsets", *flags) == 2
-    assert "pictures are drawn of one set of --modalities" in capsys.readouterr().err
+    assert "are of one pair of subsets" in capsys.readouterr().err
 
 
 def test_curves_beside_the_log(trained, tmp_path, monkeypatch, capsys):
