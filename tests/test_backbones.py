@@ -261,7 +261,8 @@ def test_the_backbone_that_a_file_fits_is_named():
         vits = {name: build_model(GraFTConfig(**row)).backbone for name, row in BACKBONES.items()}
     message = "lacks dist_token, has also .* fits --backbone dinov2-s14-reg4$"
     with pytest.raises(UserError, match=message):
-        pretrained.check_names(vits["dinov2-s14-reg4"].state_dict(), vits["deit-b"], "file")
+        names = vits["deit-b"].state_dict()
+        pretrained.check_names(vits["dinov2-s14-reg4"].state_dict(), names, "file")
     assert pretrained.fitting({"cls_token": torch.ones(1)}).startswith("no --backbone has")
 
 

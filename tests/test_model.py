@@ -212,7 +212,7 @@ def test_every_fusion_trains_all_of_its_parameters_and_freezes_its_backbone(fusi
         3,
         5,
     )
-    assert (out.data is out.fusion) == (fusion != "graft")
+    assert out.data.equal(out.fusion) == (fusion != "graft")
     loss = (
         nn.functional.cross_entropy(built.classify(out.fusion), torch.arange(3))
         + out.fusion[0].square().sum()
