@@ -5,6 +5,12 @@ python evaluate.py runs/synthetic/last.pt                 a program, and the ran
 Shapes: Q queries, G gallery samples, N samples of a split, D width of an embedding.
 """
 
+import os
+
+# Else OpenBLAS's threads wait busily for more after a product, and slow the counting down. It is
+# read when NumPy is loaded
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
+
 import argparse
 import functools
 from collections import defaultdict

@@ -8,8 +8,11 @@ A ratio is the peer's median time by ours: bare times say little on a shared mac
 two sides give different figures ends the program, as they would not have done the same work.
 """
 
-import argparse
 import os
+
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # before NumPy is loaded, as in evaluate.py
+
+import argparse
 import platform
 import re
 import tempfile
