@@ -334,6 +334,35 @@ def pruned_rows(device: torch.device) -> Iterator[Row]:
     yield Row("embedding by half of the small model", "all of it", sides)
 
 
+def export_rows(_: torch.device) -> Iterator[Row]:
+    """The small model's embeddings in fp32, by PyTorch and by onnxruntime; on the CPU."""
+    from extras import export
+
+    export.need_packages()
+    import onnxruntime
+
+    model = GraFT(GraFTConfig(**SMALL)).requires_grad_(False).eval()
+    embedder = evaluate.Embedder(model, HALF, HALF, torch.device("cpu"), "fp32", workers=0)
+    exported = export.Exported(embedder, MODALITIES, "uint8")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = export.to_onnx(exported, {})
+    session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    images = torch.randint(256, (3, evaluate.BATCH_SIZE, 3, 64, 128), dtype=torch.uint8)
+    inputs = {name: image.numpy() for name, image in zip(MODALITIES, images, strict=True)}
+
+    def ours() -> float:
+        with torch.no_grad():
+            return exported(*images)[:, 0].sum().item()
+
+    def theirs() -> float:
+        return float(session.run(["embedding"], inputs)[0][:, 0].sum())
+
+    yield Row(
+        f"embedding {len(images[0])} samples by the small model", "onnxruntime", (ours, theirs)
+    )
+
+
 ROWS = {
     "step": step_rows,
     "vit": vit_rows,
@@ -341,6 +370,7 @@ ROWS = {
     "reading": reading_rows,
     "gallery": gallery_rows,
     "pruned": pruned_rows,
+    "export": export_rows,
 }
 
 
