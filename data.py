@@ -371,6 +371,7 @@ def fill_store(split: Split, files: dict[str, Path]) -> None:
             for modality, file in files.items():
                 arrays[modality].flush()
                 os.replace(Path(unfinished, file.name), file)
+        runtime.print0(f"{what}, are kept in {folder} (--store 0: decode each time)")
     except OSError as error:
         _warn(f"{what}, cannot be kept ({error}): images are decoded each time they are needed")
 
