@@ -315,7 +315,7 @@ def test_again(row: Row, args: argparse.Namespace, path: Path) -> dict:
     config.test_token = options.get("--test-token", config.test_token)
     if "--modalities" not in options:
         modalities = config.modalities
-    source = (args.dataset, args.data_root, modalities, config.image_size, args.store_gb)
+    source = (args.dataset, args.data_root, modalities, config.image_size, args.store)
     dataset = data.load_dataset(*source, ranges=args.range)
     ranking = evaluate.rank_splits(embedder, dataset.query, dataset.gallery)
     metrics = evaluate.figures(embedder.model, ranking)
@@ -495,6 +495,8 @@ def main() -> None:
         return
     if not args.from_:
         runtime.start(device)
+    if args.from_ and not any(table_file(args.from_, key, common).exists() for key in args.table):
+        raise UserError(f"--from {args.from_}: holds no figures of these tables and options")
     for key in args.table:
         kept = args.from_ and table_file(args.from_, key, common)
         if kept and not kept.exists():

@@ -15,12 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -225,6 +224,15 @@ class Split(torch.utils.data.Dataset):
             images |= zip(tiles, decoded, strict=True)
         return images
 
+    def restricted(self, modalities: tuple[str, ...]) -> "Split":
+        """The same samples with these modalities alone; those that have none are left out."""
+        samples = []
+        for sample in self.samples:
+            images = {name: file for name, file in sample.images.items() if name in modalities}
+            samples += [replace(sample, images=images)] if images else []
+        own = tuple(name for name in self.modalities if name in modalities)
+        return Split(samples, own, self.image_size, self.store_gb, self.ranges)
+
     def subset(self, samples: list[Sample]) -> "Split":
         return Split(samples, self.modalities, self.image_size, self.store_gb, self.ranges)
 
@@ -314,10 +322,11 @@ def open_store(split: Split) -> dict[str, Tensor] | None:
         try:
             # Private pages, of which none is ever written: torch wants an array that could be
             images[modality] = torch.from_numpy(np.load(file, mmap_mode="c"))
-            os.utime(file)  # what was used last is removed last
+            with suppress(OSError):  # of another user
+                os.utime(file)  # what was used last is removed last
         except OSError:  # not made, or removed by another run since
             return None
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise UserError(f"{file}: damaged ({error}); delete it, it is made anew") from None
     return images
 
@@ -347,10 +356,12 @@ def fill_store(split: Split, files: dict[str, Path]) -> None:
     what = f"the decoded images of {len(split)} samples, {size / 1e9:.2f} GB"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if lack := make_room(folder, size, split.store_gb):
-            _warn(f"{what}, do not fit {lack}: images are decoded each time they are needed")
-            return
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        with one_at_a_time(folder), tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            if all(file.exists() for file in files.values()):
+                return
+            if lack := make_room(folder, size, split.store_gb):
+                _warn(f"{what}, do not fit {lack}: images are decoded each time they are needed")
+                return
             arrays = {}
             for modality, file in files.items():
                 path = Path(unfinished, file.name)
@@ -367,7 +378,9 @@ def fill_store(split: Split, files: dict[str, Path]) -> None:
             pool = ThreadPoolExecutor(runtime.num_cores())
             with pool, closing(pool.map(decode, range(len(split)))) as done:
                 for _ in tqdm(done, "decoding", len(split), leave=False, disable=None):
-                    pass
+                    if number := runtime.noted_signal():
+                        text = "stopped while decoding: the same command begins anew"
+                        raise runtime.Stopped(number, text)
             for modality, file in files.items():
                 arrays[modality].flush()
                 os.replace(Path(unfinished, file.name), file)
@@ -376,22 +389,39 @@ def fill_store(split: Split, files: dict[str, Path]) -> None:
         _warn(f"{what}, cannot be kept ({error}): images are decoded each time they are needed")
 
 
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """A second process waits, and then finds what it was about to make."""
+    with open(folder / "lock", "a") as file:
+        with suppress(OSError, ImportError):  # a system or file system without such locks
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            for unfinished in folder.glob("tmp*"):  # of a process that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
+        yield
+
+
 def make_room(folder: Path, size: int, store_gb: float) -> str:
-    """Remove what was used longest ago, until `size` bytes fit; what they do not fit otherwise."""
+    """Remove what was used longest ago, until `size` bytes fit; if they can't, says into what."""
     limit = store_gb * 1e9
     if size > limit:
         return f"--store {store_gb:g}"
     if size > runtime.available_memory():  # pages that do not stay are read from disk each time
         return "the memory that is free"
-    for unfinished in folder.glob("tmp*"):  # of a process that was killed
-        if time.time() - unfinished.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    kept = sorted(folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
-    total = sum(file.stat().st_size for file in kept)
-    while kept and (total + size > limit or size > shutil.disk_usage(folder).free / 2):
-        total -= kept[0].stat().st_size
-        kept.pop(0).unlink()  # a run that has mapped it keeps its pages
-    return "" if size <= shutil.disk_usage(folder).free / 2 else f"the disk of {folder}"
+    free, removed = shutil.disk_usage(folder).free, []
+    kept = [(file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob("*.npy")]
+    kept.sort(reverse=True)
+    total = sum(file_size for _, file_size, _ in kept)
+    while total + size > limit or size > free / 2:
+        if not kept:  # nothing is removed in vain
+            return f"the disk of {folder}"
+        _, file_size, file = kept.pop()
+        total, free = total - file_size, free + file_size
+        removed.append(file)
+    for file in removed:
+        file.unlink(missing_ok=True)  # a run that has mapped it keeps its pages
+    return ""
 
 
 # --- batches
@@ -472,7 +502,8 @@ def prefetch(
                 yield runtime.to_device(images, device)
             return
         side = torch.cuda.Stream(device)
-        with ThreadPoolExecutor(1) as pool:
+        # A new thread's device is the first one, whatever the rank's
+        with ThreadPoolExecutor(1, "", torch.cuda.set_device, (device,)) as pool:
             coming = pool.submit(send)
             while (sent := coming.result()) is not None:
                 images, arrived = sent
@@ -1083,8 +1114,7 @@ def _named_range(text: str) -> tuple[str, tuple[float, ...]]:
 
 def add_store_option(parser) -> None:
     text = "disk space for decoded images (~/.cache/graft); 0: decode each time they are needed"
-    gigabytes = {"dest": "store_gb", "metavar": "GB", "type": runtime.real(0)}
-    parser.add_argument("--store", default=STORE_GB, help=text, **gigabytes)
+    parser.add_argument("--store", metavar="GB", type=runtime.real(0), default=STORE_GB, help=text)
 
 
 if __name__ == "__main__":

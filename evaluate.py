@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
 import argparse
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -453,7 +454,32 @@ def fill_from_training(args: argparse.Namespace, settings: dict) -> None:
                 option = name.replace("_", "-")
                 raise UserError(f"{args.checkpoint}: its settings lack {name}; give --{option}")
             setattr(args, name, settings[name])
-    args.range = args.range or settings.get("range")  # absent from older checkpoints
+    # absent from older checkpoints
+    args.range = {**(settings.get("range") or {}), **(args.range or {})} or None
+
+
+def load_chosen(args: argparse.Namespace, config: GraFTConfig, pairs: list) -> data.Dataset:
+    """The data set with all modalities of these pairs, in the model's order."""
+    needed = {name for pair in pairs for subset in pair for name in subset}
+    modalities = tuple(name for name in config.modalities if name in needed)
+    source = (args.dataset, args.data_root, modalities, config.image_size, args.store)
+    return data.load_dataset(*source, ranges=args.range)
+
+
+def restrict(dataset: data.Dataset, name: str, modalities: tuple[str, ...]) -> data.Split:
+    """Query or gallery with these modalities; says how many samples have none of them."""
+    whole = getattr(dataset, name)
+    split = whole.restricted(modalities)
+    lacking = [sample.name for sample in whole.samples if not set(sample.images) & set(modalities)]
+    what = f"{len(lacking)} of {len(whole)} {name} samples have none of {', '.join(modalities)}"
+    if not split.samples:
+        raise UserError(f"{what}: nothing to rank; choose other modalities")
+    if lacking:
+        more = ", ..." if len(lacking) > 3 else ""
+        runtime.print0(
+            f"warning: {what} and are left out: {', '.join(lacking[:3])}{more}", file=sys.stderr
+        )
+    return split
 
 
 @runtime.program
@@ -487,16 +513,11 @@ def main() -> None:
         model.config = replace(model.config, test_token=args.test_token)
     normalisation = (checkpoint["mean"], checkpoint["std"])
     embedder = Embedder(model, *normalisation, device, args.precision, args.workers)
-    load = functools.cache(
-        lambda subset: data.load_dataset(
-            *(args.dataset, args.data_root, subset, model.config.image_size, args.store_gb),
-            ranges=args.range,
-        )
-    )
+    dataset = load_chosen(args, model.config, pairs)
 
     @functools.cache
     def embedded(name: str, subset: tuple[str, ...]) -> tuple[data.Split, Tensor]:
-        split = getattr(load(subset), name)
+        split = restrict(dataset, name, subset)
         return split, embedder.embed(split, args.flip)
 
     results = {}

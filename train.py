@@ -147,6 +147,7 @@ HAMNET_OF = {  # data set -> what it changes of HAMNET
         "warmup_steps": 100,
     },
     "rgbnt201": {"image_size": (256, 128)},  # persons: upright
+    "market1501": {"image_size": (256, 128)},
 }
 
 
@@ -202,7 +203,8 @@ def step_factor(step: int, total_steps: int, warmup_steps: int) -> float:
     """As lr_factor: linear warm-up, then a tenth from 40/120 of all steps on, and again from 70/120
     on; HAMNet's published code."""
     drops = sum(120 * step >= epoch * total_steps for epoch in (40, 70))
-    return min(1.0, (step + 1) / max(1, warmup_steps)) * 0.1**drops
+    warmup = max(1, min(warmup_steps, total_steps // 12))  # in short runs, too, before the drops
+    return min(1.0, (step + 1) / warmup) * 0.1**drops
 
 
 # --- what is trained
@@ -774,7 +776,7 @@ def load_splits(args: argparse.Namespace) -> tuple[data.Dataset, tuple | None]:
         args.data_root,
         args.modalities,
         args.image_size,
-        args.store_gb,
+        args.store,
         ranges=args.range,
     )
     if not args.val_ids:

@@ -70,7 +70,7 @@ def write(args: argparse.Namespace) -> Path:
         trained = ",".join(config.modalities)
         raise UserError(f"--modalities {','.join(unknown)}: the model was trained on {trained}")
     embedder.precision, embedder.workers = args.precision, args.workers
-    source = (args.dataset, args.data_root, args.modalities, config.image_size, args.store_gb)
+    source = (args.dataset, args.data_root, args.modalities, config.image_size, args.store)
     dataset = data.load_dataset(*source, ranges=args.range)
     rankings = rank_subsets(embedder, dataset.query, dataset.gallery)
     ranking = rankings[dataset.modalities]

@@ -202,8 +202,13 @@ def save(write, path: str | Path) -> None:
 Chosen = list[tuple[int, str]]  # queries, each with the reason why it is drawn
 
 
+def both_sides(ranking: evaluate.Ranking) -> tuple[str, ...]:
+    """The modalities that query or gallery have."""
+    return tuple(dict.fromkeys((*ranking.query.modalities, *ranking.gallery.modalities)))
+
+
 def ranked_list(ranking: evaluate.Ranking, chosen: Chosen, path: str | Path, top=10) -> None:
-    sheet(ranked_rows(ranking, chosen, top), ranking.query.modalities, path)
+    sheet(ranked_rows(ranking, chosen, top), both_sides(ranking), path)
 
 
 def ranked_rows(ranking: evaluate.Ranking, chosen: Chosen, top: int = 10) -> list[list[Cell]]:
@@ -220,7 +225,7 @@ def ranked_rows(ranking: evaluate.Ranking, chosen: Chosen, top: int = 10) -> lis
 
 
 def failures(ranking: evaluate.Ranking, chosen: Chosen, path: str | Path, top=6) -> None:
-    sheet(failure_rows(ranking, chosen, top), ranking.query.modalities, path)
+    sheet(failure_rows(ranking, chosen, top), both_sides(ranking), path)
 
 
 def failure_rows(ranking: evaluate.Ranking, chosen: Chosen, top: int = 6) -> list[list[Cell]]:

@@ -525,3 +525,30 @@ def test_a_pruned_small_model_of_each_fusion_keeps_its_counts():
         for layer in prune.layers(built).values():
             layer.weight.data[layer.weight == 0] = 1.0  # of millions drawn one may be exactly 0
         assert prune.prunable(built) == prune.kept(built) > 0
+
+
+def test_queries_of_one_sensor_find_a_gallery_of_another(tiny_data, tmp_path):
+    """Though neither split has the sensor of the other; what cannot be ranked is one line."""
+    out, root = tmp_path / "run", tmp_path / "data"
+    source = data.load_dataset("synthetic", tiny_data)
+    for split, modalities in (
+        ("train", ("rgb", "tir")),
+        ("query", ("tir",)),
+        ("gallery", ("rgb",)),
+    ):
+        for modality in modalities:
+            folder = root / split / modality
+            folder.mkdir(parents=True)
+            for images, pid, key in getattr(source, split):
+                name = f"{pid}_c{key + 1}_{len(list(folder.iterdir()))}.png"
+                pixels = images[modality].permute(1, 2, 0).numpy()
+                data.Image.fromarray(pixels).save(folder / name)
+    options = [*tiny_arguments(root, out), "--dataset", "folder", *SHORT]
+    succeeds(train, *options, "--modalities", "rgb,tir")
+    sides = ["--query-modalities", "tir", "--gallery-modalities", "rgb"]
+    stdout = succeeds(evaluate, out / "last.pt", *sides, "--ranked-list", tmp_path / "list.png")
+    assert "24 queries, 48 gallery samples" in stdout
+    sides = ["--query-modalities", "rgb", "--gallery-modalities", "rgb,tir"]
+    done = call(evaluate, out / "last.pt", *sides)
+    line = done.stderr.splitlines()[-1]  # after warnings of what the samples lack
+    assert done.returncode == 2 and "error: 24 of 24 query samples have none of rgb" in line
