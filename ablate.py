@@ -341,9 +341,19 @@ def command(row: Row, common: list[str], seed: int, args: argparse.Namespace) ->
     """train.py's arguments; the folder is named after them."""
     epochs = sum(stage.epochs for stage in train.parse(common).stages)
     own = [word.format(epochs=epochs, weights=args.weights) for word in row.flags.split()]
-    flags = [*common, *own]
+    flags = [*(without_backbone(common) if "hamnet" in own else common), *own]
     folder = slug(" ".join(flags)).strip("-") or "default"
     return [*flags, "--seed", str(seed), "--out", str(args.out / folder / str(seed)), "--resume"]
+
+
+def without_backbone(common: list[str]) -> list[str]:
+    """Options for all rows, as HAMNet takes them: it has no ViT, and batches of its own."""
+    own = list(common)
+    for option in ("--backbone", "--backbone-weights", "--batch-size"):
+        while option in own:
+            at = own.index(option)
+            del own[at : at + 2]
+    return own
 
 
 def shown(row: Row, words: list[str]) -> str:

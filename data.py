@@ -1063,6 +1063,11 @@ def main() -> None:
     text = "accepted by every program; nothing is drawn here"
     parser.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
     args = parser.parse_args()
+    sheet = args.contact_sheet
+    if sheet and not (sheet.absolute().parent.is_dir() and sheet.suffix.lower() in SUFFIXES):
+        raise UserError(
+            f"--contact-sheet {sheet}: expected a picture's name in a folder that is there"
+        )
     lines = check(
         args.dataset, args.data_root, args.modalities, args.range, sheet=args.contact_sheet
     )

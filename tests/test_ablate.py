@@ -57,6 +57,14 @@ def test_every_row_is_a_command_of_train(key, tmp_path):
     assert all(len(row.paper) in (0, 4) for row in ablate.TABLES[key].rows)
 
 
+def test_hamnets_row_is_left_its_own_backbone(tmp_path):
+    args = Namespace(out=tmp_path, weights={})
+    common = ["--lr", "1e-3", "1e-4", "--backbone-weights", "vit.pth", "--batch-size", "13"]
+    row, graft = ablate.Row("HAMNet", "--fusion hamnet"), ablate.Row("GraFT", "")
+    assert ablate.command(row, common, 0, args)[:5] == [*common[:3], "--fusion", "hamnet"]
+    assert ablate.command(graft, common, 0, args)[:7] == common
+
+
 def test_dry_run_prints_the_commands_alone(tmp_path):
     done = run(
         "ablate.py",
