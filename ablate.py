@@ -455,7 +455,7 @@ def train_table(key: str, common: list[str], args: argparse.Namespace) -> dict[s
     table, options = TABLES[key], " ".join(common)
     results = read_table(path)["results"] if path.exists() else {}
     for row in rows_of(key, args):
-        for seed in range(args.seed, args.seed + args.seeds) if row.flags is not None else ():
+        for seed in seeds_of(row, args):
             words = command(row, common, seed, args)
             runtime.print0(f"\n{row.label}: {shown(row, words)}")
             metrics = run(row, words)
@@ -491,6 +491,11 @@ def rows_of(key: str, args: argparse.Namespace) -> list[Row]:
     return [row for row in rows if key != "backbone" or args.from_ or row.label in args.weights]
 
 
+def seeds_of(row: Row, args: argparse.Namespace) -> range:
+    """The seeds of a row's runs; none of a row that is only cited."""
+    return range(args.seed, args.seed + (0 if row.flags is None else args.seeds))
+
+
 @runtime.program
 def main() -> None:
     args, common = parse()
@@ -498,9 +503,7 @@ def main() -> None:
     if args.dry_run:
         for key in args.table:
             for row in rows_of(key, args):
-                for seed in (
-                    range(args.seed, args.seed + args.seeds) if row.flags is not None else ()
-                ):
+                for seed in seeds_of(row, args):
                     print(shown(row, command(row, common, seed, args)))
         return
     if not args.from_:
