@@ -241,6 +241,16 @@ def test_a_checkpoint_of_fewer_settings_is_pruned(trained, tmp_path):
     assert done.returncode == 0 and (tmp_path / "pruned/0.5.pt").exists(), done.stderr
 
 
+def test_a_round_warms_up_for_a_tenth_of_its_own_steps(trained, tmp_path):
+    """Not for a whole stage's 30, of which 4 would never reach the rate."""
+    options = ["--keep", 0.9, "--rounds", 1, "--epoch-steps", 4, "--lr", 1e-3]
+    done = run("prune.py", trained / "last.pt", *options, "--schedule", "cosine", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    events = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    rates = [event["lr"] for event in events if event["event"] == "step"]
+    assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True)
+
+
 def test_mistakes_give_one_line(trained, pruned, tmp_path, monkeypatch, capsys):
     half = pruned / "0.5.pt"
     for arguments, message in [
