@@ -52,10 +52,11 @@ def make_backbone(name: str) -> tuple[Backbone, dict, int]:
     return ViT(IMAGE_SIZE, **config), config, config["dim"]
 
 
-def tokens_of(backbone: Backbone, images: Tensor) -> Tensor:
+def tokens_of(backbone: Backbone, images: Tensor, patch_dropout: float = 0.0) -> Tensor:
     """What is classified, (B, N, D): all tokens of a ViT, or a ResNet's mean over places, N = 1."""
-    outputs = backbone(images).float()
-    return outputs if isinstance(backbone, ViT) else outputs.mean((2, 3))[:, None]
+    if isinstance(backbone, ViT):
+        return backbone(images, patch_dropout).float()
+    return backbone(images).float().mean((2, 3))[:, None]
 
 
 def make_heads(dim: int, num_ids: int, count: int) -> nn.ModuleList:
@@ -81,11 +82,14 @@ def parse() -> argparse.Namespace:
     add("--data-root", required=True, help="folder written by extras.synthetic")
     add("--out", type=Path, required=True, help="file of fp16 weights to write")
     add("--backbone", choices=("small", "resnet18"), default="small")
+    add("--weights", type=Path, metavar="FILE", help="what to go on from (default: random ones)")
     add("--epochs", type=whole(1), default=25)
     add("--batch-size", type=whole(2), default=128, help="images")
     add("--lr", type=real(0), default=2e-3)
     text = "share of images whose colours are mapped at random, reached half-way"
     add("--recolour", type=real(0, 1), default=0.5, help=text)
+    text = "share of a ViT's patches that each image leaves out: so much faster"
+    add("--patch-dropout", type=real(0, 1), default=0.0, help=text)
     add("--seed", type=whole(0), default=0)
     runtime.add_device_options(parser)
     return parser.parse_args()
@@ -101,7 +105,9 @@ def main() -> None:
     images = torch.stack([images["rgb"] for images, _, _ in dataset.train])  # (N, 3, H, W)
     pids, labels = dataset.train.pids.unique(return_inverse=True)
     backbone, config, dim = make_backbone(args.backbone)
-    backbone = backbone.to(device)
+    if args.weights:
+        backbone.load_state_dict(runtime.load_checkpoint(args.weights)["model"])
+    backbone = backbone.to(device, memory_format=torch.channels_last)
     heads = make_heads(dim, len(pids), 1 if args.backbone in RESNETS else 2).to(device)
     parameters = [*backbone.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.05)
@@ -115,13 +121,14 @@ def main() -> None:
     for epoch in range(args.epochs):
         total, right, start = 0.0, 0.0, time.perf_counter()
         order = torch.randperm(len(images))
-        # Recolouring from the start stops all learning
-        share = args.recolour * min(1.0, max(0.0, 4 * epoch / args.epochs - 1))
+        # Recolouring from the start stops all learning from random weights
+        reached = 1.0 if args.weights else min(1.0, max(0.0, 4 * epoch / args.epochs - 1))
+        share = args.recolour * reached
         for step in tqdm(range(steps), f"epoch {epoch + 1}", disable=None, leave=False):
             chosen = order[step * args.batch_size : (step + 1) * args.batch_size]
             batch = prepare(images[chosen].to(device), share, normalise)
             with runtime.autocast(device, args.precision):
-                tokens = tokens_of(backbone, batch)
+                tokens = tokens_of(backbone, batch, args.patch_dropout)
             logits = [head(tokens[:, i]) for i, head in enumerate(heads)]
             target = labels[chosen].to(device)
             losses = [F.cross_entropy(x, target, label_smoothing=0.1) for x in logits]
