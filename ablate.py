@@ -11,12 +11,12 @@ interrupted call goes on where it stopped, and a row that two tables share is tr
 import argparse
 import json
 import re
+from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
 from typing import NamedTuple
 
-import data
 import evaluate
 import prune
 import runtime
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     `paper`: its mAP, R1, R5, R10 in percent; `millions`: its parameters. `test`: options of
     evaluate.py, for a row that is another look at a trained model; `prune`: options of prune.py, of
-    whose targets `target` is this row's.
+    whose targets `target` is this row's; `slip`: what extras.published does as the authors' code.
     """
 
     label: str
@@ -44,11 +44,15 @@ class Row(NamedTuple):
     test: str = ""
     prune: str = ""
     target: str = ""
+    slip: str = ""
 
 
 class Table(NamedTuple):
+    """`differences`: of mAP to the first row's, in the place of the paper's figures."""
+
     title: str
     rows: tuple[Row, ...]
+    differences: bool = False
 
 
 GRAFT_100 = (76.6, 94.3, 95.3, 96.0)
@@ -73,7 +77,7 @@ COMPETITORS_300 = (
 SUBSETS = [",".join(s) for size in (1, 2, 3) for s in combinations(("rgb", "nir", "tir"), size)]
 
 # Section 5.4. The fractions are those of the paper's parameters: (76 - 17.4) / 84.9 M = 0.69, ...
-FINETUNING = "--rounds 1 --epoch-steps 40 --lr {lr}"  # ours, of the synthetic set; see RESULTS.md
+FINETUNING = "--rounds 1 --epoch-steps 40 --schedule cosine --lr {lr}"  # ours, of the synthetic set
 PRUNED_100 = {
     "0.69": ((76.4, 94.0, 94.4, 94.6), 76),
     "0.62": ((75.1, 94.1, 94.9, 95.5), 70),
@@ -89,6 +93,7 @@ PRUNED_300 = {
     "0.14": ((56.2, 77.7, 79.2, 80.4), 24),
 }
 PUBLISHED = " ".join(f"{0.8**i:.3f}" for i in range(1, 10))  # 20% of what is left a round
+CONTROL = "0.998 0.997 0.996 0.995 0.994 0.993"  # as much finetuning, next to no pruning
 
 
 def pruned(fractions: dict, flags: str, options: str, label: str = "") -> tuple[Row, ...]:
@@ -108,10 +113,16 @@ def pruning_table(title: str, fractions: dict, flags: str, dense: Row) -> Table:
     published = pruned(
         {fraction: () for fraction in PUBLISHED.split()},
         flags,
-        "--rounds 1 --finetune-epochs 9 --lr 2e-6 --schedule cosine",
-        ", published schedule",
+        FINETUNING.format(lr="1e-4"),
+        ", 20% a round as published",
     )
-    return Table(title, (dense, *masks, *structured, *published))
+    control = pruned(
+        {fraction: () for fraction in CONTROL.split()},
+        flags,
+        FINETUNING.format(lr="1e-4"),
+        ": finetuning alone",
+    )
+    return Table(title, (dense, *masks, *structured, *published, *control))
 
 
 def unless_triplet(label: str, flags: str, paper: tuple = ()) -> tuple[Row, Row]:
@@ -194,6 +205,22 @@ TABLES = {
                 for scheme in SCHEMES
                 if scheme.startswith("D")
             ),
+            *(
+                Row(
+                    f"{scheme}, plain distance (published code)",
+                    f"--triplet {scheme} --plain-distance".replace("--triplet FFD ", ""),
+                )
+                for scheme in SCHEMES
+            ),
+            *(
+                Row(
+                    f"{scheme}, plain distance, tested on the data token (published code)",
+                    f"--triplet {scheme} --plain-distance",
+                    test="--test-token data",
+                )
+                for scheme in SCHEMES
+                if scheme.startswith("D")
+            ),
         ),
     ),
     "fig1": Table(
@@ -240,6 +267,46 @@ TABLES = {
             Row("Eq. (9) as printed", "--center-norm"),
         ),
     ),
+    "test": Table(
+        "Beyond the paper: mirrored images, re-ranking",
+        (
+            Row("as trained", ""),
+            Row("--flip", "", test="--flip"),
+            Row("--rerank", "", test="--rerank"),
+            Row("--rerank --flip", "", test="--rerank --flip"),
+            Row("plus", "--recipe plus"),
+            Row("plus, --rerank", "--recipe plus", test="--rerank"),
+        ),
+    ),
+    "choices": Table(
+        "Where the paper is silent or its code differs (README, D1 to D26), by effect on mAP",
+        (
+            Row("the default", ""),
+            Row("D1: gradients never zeroed", "", slip="unzeroed"),
+            Row("D2: beta 0.0005 (4.2)", "--beta 0 0.0005"),
+            Row("D3: plain distance in Eq. (8)", "--plain-distance"),
+            Row("D4: Eq. (9) as printed", "--center-norm"),
+            Row("D5: RGB files for all sensors of positives and negatives", "", slip="rgb-files"),
+            Row("D6: the same triplets in each epoch", "", slip="same-triplets"),
+            Row("D7: one anchor an identity and camera", "", slip="few-anchors"),
+            Row("D8: horizontal and vertical flips", "--flips 0.5 0.5"),
+            Row("D8: no flips", "--flips 0 0"),
+            Row("D9: erasing, the same place in all sensors", "--erase 0.5"),
+            Row("D9: erasing, each sensor apart", "--erase 0.5", slip="erase-apart"),
+            Row(
+                "D10: centroids drawn from N(0, 1), never trained",
+                "--center-lr 0",
+                slip="random-centroids",
+            ),
+            Row("D10: rate of the centroids 0.01", "--center-lr 0.01"),
+            Row("D11: stage 2 at four times its rate", "--lr 2.5e-3 4.8e-3"),
+            Row("D15: a patch as data token", "--data-token 5"),
+            Row("D21: cross-entropy on all", "--cross-entropy all"),
+            Row("D25: backbone frozen in both stages", "--frozen yes yes"),
+            Row("D26: narrower start of the fusion token", "", slip="narrow-token"),
+        ),
+        differences=True,
+    ),
     "plus": Table(
         "Beyond the paper: our recipe, and what becomes of it without each of its parts",
         (
@@ -283,17 +350,72 @@ TABLES = {
 # --- a row
 
 
+def figures(row: Row, seed: int, common: list[str], args: argparse.Namespace) -> dict | None:
+    """The figures of one row and seed: those that are kept, else trained for, or gone on with.
+
+    With --from nothing is trained: None where nothing is kept.
+    """
+    path, look = kept_file(row, common, args), " ".join([row.test, row.prune, row.target]).strip()
+    with runtime.rank0_first():
+        done = read_figures(path).get(look, {}).get(str(seed))
+    if done or args.from_:
+        return done
+    words = command(row, common, seed, args)
+    runtime.print0(f"\n{row.label}: {shown(row, words)}")
+    metrics = run(row, words)
+    if runtime.rank() == 0:
+        runtime.make_folder(path.parent, "--keep")
+        looks = read_figures(path)  # another process may have added some
+        looks.setdefault(look, {})[str(seed)] = {
+            name: metrics[name] for name in (*FIGURES, "params")
+        }
+        runtime.write_json(path, {"options": " ".join(options(row, common, args)), "looks": looks})
+    return metrics
+
+
+def kept_file(row: Row, common: list[str], args: argparse.Namespace) -> Path:
+    """What holds the figures of a row's model, under each look at it: tests, prunings, none."""
+    return (args.from_ or args.keep or args.out) / f"{folder(row, common, args)}.json"
+
+
+def read_figures(path: Path) -> dict[str, dict[str, dict]]:
+    """look -> seed -> figures. Raises UserError for a file that is none of these."""
+    if not path.exists():
+        return {}
+    try:
+        looks = json.loads(path.read_text())["looks"]
+        for seeds in looks.values():
+            assert all(metrics.keys() >= {*FIGURES, "params"} for metrics in seeds.values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{path}: not a file of ablate.py's figures ({error!r}); name the folder of --keep"
+        ) from None
+    return looks
+
+
 def run(row: Row, words: list[str]) -> dict:
-    """The figures of one row and seed: read where they are, else trained for, or gone on with."""
+    """Train, test and prune what of a row is not done; returns its figures."""
     args = train.parse(words)
-    metrics = kept(args.out / "metrics.json", lambda: train.train(args))
+    with published(row.slip):
+        metrics = kept(args.out / "metrics.json", lambda: train.train(args))
     if row.test:
         path = args.out / f"metrics{slug(row.test)}.json"
-        return kept(path, lambda: test_again(row, args, path))
+        again = [str(args.out / "last.pt"), *row.test.split(), "--json", str(path)]
+        again += ["--device", args.device, "--store", str(args.store)]
+        return kept(path, lambda: evaluate.evaluate(evaluate.parse(again)))
     if row.prune:
         done = {line["label"]: line for line in prune_rows(row, args)}
         return done[row.target]
     return metrics
+
+
+def published(slip: str) -> AbstractContextManager:
+    """Train as the published code does, in this one respect; "": as we do."""
+    if not slip:
+        return nullcontext()
+    from extras.published import slipped
+
+    return slipped(slip)
 
 
 def kept(path: Path, make) -> dict:
@@ -301,27 +423,6 @@ def kept(path: Path, make) -> dict:
     with runtime.rank0_first():
         done = path.exists()
     return json.loads(path.read_text()) if done else make()
-
-
-def test_again(row: Row, args: argparse.Namespace, path: Path) -> dict:
-    """The figures of a trained model on some of its modalities, or on its other token."""
-    options = dict(zip(*[iter(row.test.split())] * 2, strict=True))
-    modalities = tuple(options.get("--modalities", ",".join(args.modalities or ())).split(","))
-    device = runtime.start(args.device)
-    embedder, _ = evaluate.load_embedder(
-        args.out / "last.pt", device, precision=args.precision, workers=args.workers
-    )
-    config = embedder.model.config
-    config.test_token = options.get("--test-token", config.test_token)
-    if "--modalities" not in options:
-        modalities = config.modalities
-    source = (args.dataset, args.data_root, modalities, config.image_size, args.store)
-    dataset = data.load_dataset(*source, ranges=args.range)
-    ranking = evaluate.rank_splits(embedder, dataset.query, dataset.gallery)
-    metrics = evaluate.figures(embedder.model, ranking)
-    if runtime.rank() == 0:
-        runtime.write_json(path, metrics)
-    return metrics
 
 
 def prune_rows(row: Row, args: argparse.Namespace) -> list[dict]:
@@ -338,12 +439,21 @@ def prune_rows(row: Row, args: argparse.Namespace) -> list[dict]:
 
 
 def command(row: Row, common: list[str], seed: int, args: argparse.Namespace) -> list[str]:
-    """train.py's arguments; the folder is named after them."""
+    """train.py's arguments."""
+    out = args.out / folder(row, common, args) / str(seed)
+    return [*options(row, common, args), "--seed", str(seed), "--out", str(out), "--resume"]
+
+
+def options(row: Row, common: list[str], args: argparse.Namespace) -> list[str]:
+    """train.py's options that make a row, but for seed and place."""
     epochs = sum(stage.epochs for stage in train.parse(common).stages)
     own = [word.format(epochs=epochs, weights=args.weights) for word in row.flags.split()]
-    flags = [*(without_backbone(common) if "hamnet" in own else common), *own]
-    folder = slug(" ".join(flags)).strip("-") or "default"
-    return [*flags, "--seed", str(seed), "--out", str(args.out / folder / str(seed)), "--resume"]
+    return [*(without_backbone(common) if "hamnet" in own else common), *own]
+
+
+def folder(row: Row, common: list[str], args: argparse.Namespace) -> str:
+    """The name of a row's runs and figures."""
+    return slug(" ".join([row.slip, *options(row, common, args)])).strip("-") or "default"
 
 
 def without_backbone(common: list[str]) -> list[str]:
@@ -358,7 +468,8 @@ def without_backbone(common: list[str]) -> list[str]:
 
 def shown(row: Row, words: list[str]) -> str:
     """The command lines of a row."""
-    lines = [f"python train.py {' '.join(words)}"]
+    program = f"-m extras.published {row.slip}" if row.slip else "train.py"
+    lines = [f"python {program} {' '.join(words)}"]
     checkpoint = Path(words[words.index("--out") + 1]) / "last.pt"
     if row.test:
         lines.append(f"python evaluate.py {checkpoint} {row.test}")
@@ -374,6 +485,34 @@ def slug(flags: str) -> str:
 # --- a table
 
 
+def measure(key: str, common: list[str], args: argparse.Namespace) -> list[tuple[Row, list[dict]]]:
+    """A table's rows and the figures of their seeds, trained for or, with --from, those kept."""
+    measured = []
+    for row in rows_of(key, args):
+        results = [figures(row, seed, common, args) for seed in seeds_of(row, args)]
+        measured.append((row, [metrics for metrics in results if metrics]))
+    return measured
+
+
+def text_of(table: Table, measured: list[tuple[Row, list[dict]]]) -> str:
+    """A table in Markdown, under its title."""
+    head = ["", "parameters", *(f"{name} %" for name in FIGURES)]
+    lines = [cells(row, results) for row, results in measured]
+    if table.differences:
+        head.append("mAP against the first row")
+        base = measured[0][1]
+        lines = [
+            [*line[:-1], against(results, base)]
+            for line, (_, results) in zip(lines, measured, strict=True)
+        ]
+    else:
+        head.append("paper: parameters: mAP / R1 / R5 / R10")
+    counts = sorted({len(results) for _, results in measured if results}) or [0]
+    count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    title = f"{table.title}; {count} seeds, mean ± standard deviation"
+    return f"{title}\n\n{runtime.markdown([head, *lines])}"
+
+
 def cells(row: Row, results: list[dict]) -> list[str]:
     """A line of the table: label, parameters, ours with standard deviation, the paper's."""
     ours = []
@@ -384,6 +523,21 @@ def cells(row: Row, results: list[dict]) -> list[str]:
     params = f"{results[0]['params'] / 1e6:.2f} M" if results else "-"
     paper = " / ".join(map(str, row.paper)) or "-"
     return [row.label, params, *ours, f"{row.millions:g} M: {paper}" if row.millions else paper]
+
+
+def against(results: list[dict], base: list[dict]) -> str:
+    """The difference of mean mAPs in points, and its standard error."""
+    if min(len(results), len(base)) < 2 or results is base:
+        return "-"
+    ours, theirs = ([100 * metrics["mAP"] for metrics in runs] for runs in (results, base))
+    return f"{mean(ours) - mean(theirs):+.1f} ± {standard_error(ours, theirs):.1f}"
+
+
+def standard_error(first: list[float], second: list[float]) -> float:
+    """Of the difference of two means, by the pooled variance of their values, two at least."""
+    freedom = len(first) + len(second) - 2
+    pooled = (len(first) - 1) * variance(first) + (len(second) - 1) * variance(second)
+    return (pooled / freedom * (1 / len(first) + 1 / len(second))) ** 0.5
 
 
 def chart(rows: list[tuple[Row, list[dict]]], path: Path) -> None:
@@ -417,7 +571,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--short", action="store_true", help=f"a smoke test: {SHORT}")
     add("--dry-run", action="store_true", help="print the commands alone")
     add("--out", type=Path, metavar="DIR", default=Path("runs/ablate"))
-    text = "keep each table's figures in DIR/TABLE.json (default: OUT)"
+    text = (
+        "keep the figures in DIR, a small file for each model; what it holds is not trained again"
+    )
     add("--keep", type=Path, metavar="DIR", help=text)
     text = "print the tables of the figures kept in DIR, train nothing"
     add("--from", type=Path, metavar="DIR", dest="from_", help=text)
@@ -427,10 +583,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--weights", metavar="NAME=FILE", nargs="+", default=[], help=text)
     args, common = parser.parse_known_args()
     if "all" in args.table:  # without the backbones, unless their weights are named
-        args.table = [key for key in TABLES if key != "backbone" or args.weights or args.from_]
+        args.table = [key for key in TABLES if key != "backbone" or args.weights]
     if args.from_ and not args.from_.is_dir():
         raise UserError(f"--from {args.from_}: no such folder; expected one of --keep")
-    if "backbone" in args.table and not (args.weights or args.from_):
+    if "backbone" in args.table and not args.weights:
         raise UserError("--table backbone: needs --weights NAME=FILE, e.g. augreg-b16=vit.pth")
     args.weights = {"deit-b": "deit", **dict(map(read_weights, args.weights))}
     return args, [*(SHORT.split() if args.short else []), *common]
@@ -446,49 +602,9 @@ def read_weights(text: str) -> tuple[str, str]:
     return name, file
 
 
-def train_table(key: str, common: list[str], args: argparse.Namespace) -> dict[str, dict]:
-    """Every row and seed of a table: label -> {seed: figures}, which a file keeps, too.
-
-    It is written after each run, beside what other seeds left there.
-    """
-    path = table_file(args.keep or args.out, key, common)
-    table, options = TABLES[key], " ".join(common)
-    results = read_table(path)["results"] if path.exists() else {}
-    for row in rows_of(key, args):
-        for seed in seeds_of(row, args):
-            words = command(row, common, seed, args)
-            runtime.print0(f"\n{row.label}: {shown(row, words)}")
-            metrics = run(row, words)
-            results.setdefault(row.label, {})[str(seed)] = metrics
-            if runtime.rank() == 0:
-                runtime.make_folder(path.parent, "--keep")
-                content = {"table": table.title, "options": options, "results": results}
-                runtime.write_json(path, content)
-    return results
-
-
-def table_file(folder: Path, key: str, common: list[str]) -> Path:
-    """Where a table's figures are kept; figures under other options for all rows stand apart."""
-    return folder / f"{slug(' '.join([key, *common]))}.json"
-
-
-def read_table(path: Path) -> dict:
-    """What train_table wrote. Raises UserError for anything else."""
-    try:
-        content = json.loads(path.read_text())
-        for figures in content["results"].values():
-            assert all(metrics.keys() >= {*FIGURES, "params"} for metrics in figures.values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
-        raise UserError(
-            f"{path}: not a file of ablate.py's figures ({error!r}); name the folder of --keep"
-        ) from None
-    return content
-
-
 def rows_of(key: str, args: argparse.Namespace) -> list[Row]:
     """The rows of a table; of the backbones those whose weights were named."""
-    rows = TABLES[key].rows
-    return [row for row in rows if key != "backbone" or args.from_ or row.label in args.weights]
+    return [row for row in TABLES[key].rows if key != "backbone" or row.label in args.weights]
 
 
 def seeds_of(row: Row, args: argparse.Namespace) -> range:
@@ -508,22 +624,17 @@ def main() -> None:
         return
     if not args.from_:
         runtime.start(device)
-    if args.from_ and not any(table_file(args.from_, key, common).exists() for key in args.table):
-        raise UserError(f"--from {args.from_}: holds no figures of these tables and options")
+    printed = False
     for key in args.table:
-        kept = args.from_ and table_file(args.from_, key, common)
-        if kept and not kept.exists():
+        measured = measure(key, common, args)
+        if not any(results for _, results in measured):
             continue
-        results = read_table(kept)["results"] if kept else train_table(key, common, args)
-        measured = [(row, list(results.get(row.label, {}).values())) for row in rows_of(key, args)]
-        seeds = sorted({len(figures) for _, figures in measured if figures})
-        head = ["", "parameters", *(f"{name} %" for name in FIGURES)]
-        head.append("paper: parameters: mAP / R1 / R5 / R10")
-        count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) if seeds else "no"
-        runtime.print0(f"\n{TABLES[key].title}; {count} seeds, mean ± standard deviation\n")
-        runtime.print0(runtime.markdown([head, *(cells(*line) for line in measured)]))
+        runtime.print0(f"\n{text_of(TABLES[key], measured)}")
+        printed = True
         if args.chart and runtime.rank() == 0:
             chart(measured, args.chart)
+    if not printed:
+        raise UserError(f"--from {args.from_}: holds no figures of these tables and options")
 
 
 if __name__ == "__main__":

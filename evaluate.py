@@ -385,7 +385,7 @@ def load_embedder(path: str | Path, device: torch.device, **options) -> tuple[Em
 # --- command line
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = runtime.Parser(__doc__)
     text = "written by train.py or prune.py, e.g. runs/synthetic/last.pt"
     parser.add_argument("checkpoint", metavar="CKPT", help=text)
@@ -422,7 +422,7 @@ def parse() -> argparse.Namespace:
     data.add_store_option(group)
     text = "of the random queries that are drawn"
     group.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     drawn = (args.ranked_list, args.failures, args.attention, args.cmc, args.map)
     args.pictures = any(drawn)
     crossed = args.query_modalities or args.gallery_modalities
@@ -482,9 +482,8 @@ def restrict(dataset: data.Dataset, name: str, modalities: tuple[str, ...]) -> d
     return split
 
 
-@runtime.program
-def main() -> None:
-    args = parse()
+def evaluate(args: argparse.Namespace) -> dict:
+    """All that was asked of a checkpoint; the figures, by pair of subsets if there are several."""
     device = runtime.start(args.device)
     if args.pictures and runtime.world_size() > 1:
         raise UserError("pictures are drawn by one process: leave torchrun out")
@@ -532,12 +531,19 @@ def main() -> None:
         runtime.print0(pairs_table(results))
     if len({metrics["num_valid"] for metrics in results.values()}) > 1:
         runtime.print0("the rows rank different queries: some samples lack a sensor")
+    found = results if len(pairs) > 1 else metrics
     if args.json and runtime.rank() == 0:
-        runtime.write_json(args.json, results if len(pairs) > 1 else metrics)
+        runtime.write_json(args.json, found)
     if args.pictures:
         from extras.pictures import draw
 
         draw(args, embedder, ranking)
+    return found
+
+
+@runtime.program
+def main() -> None:
+    evaluate(parse())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import shutil
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -81,12 +82,12 @@ def test_dry_run_prints_the_commands_alone(tmp_path):
     )
     assert (
         done.returncode == 0
-        and len(done.stdout.splitlines()) == 2 * (13 + 4)
+        and len(done.stdout.splitlines()) == 2 * (25 + 8)
         and not (tmp_path / "out").exists()
     )
     lines = done.stdout.splitlines()
-    assert sum(line.startswith("python train.py --lr 1e-4 1e-5 ") for line in lines) == 26
-    assert sum(line.endswith("last.pt --test-token data") for line in lines) == 8
+    assert sum(line.startswith("python train.py --lr 1e-4 1e-5 ") for line in lines) == 50
+    assert sum(line.endswith("last.pt --test-token data") for line in lines) == 16
 
 
 def test_table_7_end_to_end_and_what_is_done_is_kept(tiny_data, tmp_path):
@@ -107,15 +108,26 @@ def test_table_7_end_to_end_and_what_is_done_is_kept(tiny_data, tmp_path):
     assert before == {
         folder: (folder / "last.pt").stat().st_mtime_ns for folder in folders
     }  # nothing trained again
-    # The figures alone make the table again
+    # The figures alone make the table again; what they hold is not trained again
     for folder in folders:
         shutil.rmtree(folder)
-    (kept,) = tmp_path.glob("7-*.json")
-    command = json.loads(kept.read_text())["options"].split()
-    assert table("--table", "all", "--from", tmp_path, *command) == first
-    kept.write_text('{"results": {"N": {"0": {"mAP": 1}}}}')
-    done = call(ablate, "--table", 7, "--from", tmp_path, *command)
+    words = list(map(str, QUICK))
+    assert table("--table", 7, "--data-root", tiny_data, "--from", tmp_path, *words) == first
+    assert table(*arguments) == first and not any(map(Path.exists, folders))
+    kept = next(tmp_path.glob("*nir.json"))
+    kept.write_text('{"looks": {"": {"0": {"mAP": 1}}}}')
+    done = call(ablate, "--table", 7, "--from", tmp_path, "--data-root", tiny_data, *words)
     assert done.returncode == 2 and f"{kept}: not a file of ablate.py's figures" in done.stderr
+    done = call(ablate, "--table", 7, "--from", tmp_path)
+    assert done.returncode == 2 and "holds no figures of these tables and options" in done.stderr
+
+
+def test_differences_to_the_first_row_with_their_standard_error():
+    base = [{"mAP": m} for m in (0.60, 0.62, 0.64)]
+    ours = [{"mAP": m} for m in (0.65, 0.65, 0.68)]
+    # variances 4 and 3 square points: sqrt(3.5 * 2 / 3) = 1.53
+    assert ablate.against(ours, base) == "+4.0 ± 1.5"
+    assert ablate.against(base, base) == ablate.against(ours[:1], base) == "-"
 
 
 def test_one_model_on_every_subset_by_two_processes(tiny_data, tmp_path):
