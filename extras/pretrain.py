@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 import runtime
 from baselines import LAYOUTS, ResNet
-from model import BACKBONES, RESNETS, Backbone, ViT
+from model import BACKBONES, RESNETS, Backbone, ViT, load_backbone
 from runtime import UserError, real, whole
 
 IMAGE_SIZE = (64, 128)
@@ -86,13 +86,16 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=whole(1), default=25)
     add("--batch-size", type=whole(2), default=128, help="images")
     add("--lr", type=real(0), default=2e-3)
-    text = "share of images whose colours are mapped at random, reached half-way"
+    text = "share of images whose colours are mapped at random, reached half-way without --weights"
     add("--recolour", type=real(0, 1), default=0.5, help=text)
-    text = "share of a ViT's patches that each image leaves out: so much faster"
+    text = "share of a ViT's patches that each image leaves out; a step takes as much less time"
     add("--patch-dropout", type=real(0, 1), default=0.0, help=text)
     add("--seed", type=whole(0), default=0)
     runtime.add_device_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.patch_dropout and args.backbone in RESNETS:
+        raise UserError(f"--patch-dropout: --backbone {args.backbone} has no patches")
+    return args
 
 
 @runtime.program
@@ -106,7 +109,7 @@ def main() -> None:
     pids, labels = dataset.train.pids.unique(return_inverse=True)
     backbone, config, dim = make_backbone(args.backbone)
     if args.weights:
-        backbone.load_state_dict(runtime.load_checkpoint(args.weights)["model"])
+        load_backbone(backbone, args.weights)
     backbone = backbone.to(device, memory_format=torch.channels_last)
     heads = make_heads(dim, len(pids), 1 if args.backbone in RESNETS else 2).to(device)
     parameters = [*backbone.parameters(), *heads.parameters()]
