@@ -9,9 +9,10 @@ interrupted call goes on where it stopped, and a row that two tables share is tr
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import re
-from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev, variance
@@ -34,7 +35,8 @@ class Row(NamedTuple):
 
     `paper`: its mAP, R1, R5, R10 in percent; `millions`: its parameters. `test`: options of
     evaluate.py, for a row that is another look at a trained model; `prune`: options of prune.py, of
-    whose targets `target` is this row's; `slip`: what extras.published does as the authors' code.
+    whose targets `target` is this row's; `slip`: what extras.published does as the authors' code;
+    `base`: the label of the row that it is compared with, in a table of differences.
     """
 
     label: str
@@ -45,10 +47,11 @@ class Row(NamedTuple):
     prune: str = ""
     target: str = ""
     slip: str = ""
+    base: str = ""
 
 
 class Table(NamedTuple):
-    """`differences`: of mAP to the first row's, in the place of the paper's figures."""
+    """`differences`: of mAP to each row's base, else the first, for the paper's figures."""
 
     title: str
     rows: tuple[Row, ...]
@@ -93,7 +96,8 @@ PRUNED_300 = {
     "0.14": ((56.2, 77.7, 79.2, 80.4), 24),
 }
 PUBLISHED = " ".join(f"{0.8**i:.3f}" for i in range(1, 10))  # 20% of what is left a round
-CONTROL = "0.998 0.997 0.996 0.995 0.994 0.993"  # as much finetuning, next to no pruning
+# As much finetuning, next to no pruning
+CONTROL = " ".join(f"{1 - i / 1000:.3f}" for i in range(1, 10))
 
 
 def pruned(fractions: dict, flags: str, options: str, label: str = "") -> tuple[Row, ...]:
@@ -205,12 +209,13 @@ TABLES = {
                 for scheme in SCHEMES
                 if scheme.startswith("D")
             ),
+            Row("FFD, plain distance (published code)", "--plain-distance"),
             *(
                 Row(
                     f"{scheme}, plain distance (published code)",
-                    f"--triplet {scheme} --plain-distance".replace("--triplet FFD ", ""),
+                    f"--triplet {scheme} --plain-distance",
                 )
-                for scheme in SCHEMES
+                for scheme in SCHEMES[1:]
             ),
             *(
                 Row(
@@ -243,8 +248,11 @@ TABLES = {
         (Row("0", ""), *(Row(i, f"--data-token {i}") for i in ("5", "10", "15", "20", "25"))),
     ),
     "positives": Table(
-        "Section 5.1, positives an anchor (at equal steps with --short or --epoch-steps)",
-        tuple(Row(count, f"--positives {count}") for count in ("1", "2", "4", "8")),
+        "Section 5.1, positives an anchor, at equal steps",
+        (
+            Row("1", ""),
+            *(Row(n, f"--positives {n} --epoch-steps 123 123") for n in ("2", "4", "8")),
+        ),
     ),
     "fusion-tokens": Table(
         "Section 5.2, fusion tokens",
@@ -264,7 +272,7 @@ TABLES = {
             Row("plain distance in Eq. (8)", "--plain-distance"),
             Row("FFF", "--triplet FFF"),
             Row("FFF, plain distance in Eq. (8)", "--triplet FFF --plain-distance"),
-            Row("Eq. (9) as printed", "--center-norm"),
+            Row("Eq. (9)'s norm, as printed", "--center-norm"),
         ),
     ),
     "test": Table(
@@ -285,14 +293,19 @@ TABLES = {
             Row("D1: gradients never zeroed", "", slip="unzeroed"),
             Row("D2: beta 0.0005 (4.2)", "--beta 0 0.0005"),
             Row("D3: plain distance in Eq. (8)", "--plain-distance"),
-            Row("D4: Eq. (9) as printed", "--center-norm"),
+            Row("D4: Eq. (9)'s norm, as printed", "--center-norm"),
             Row("D5: RGB files for all sensors of positives and negatives", "", slip="rgb-files"),
-            Row("D6: the same triplets in each epoch", "", slip="same-triplets"),
+            Row("D6: two positives an identity, four negatives in all", "", slip="few-partners"),
             Row("D7: one anchor an identity and camera", "", slip="few-anchors"),
             Row("D8: horizontal and vertical flips", "--flips 0.5 0.5"),
             Row("D8: no flips", "--flips 0 0"),
             Row("D9: erasing, the same place in all sensors", "--erase 0.5"),
-            Row("D9: erasing, each sensor apart", "--erase 0.5", slip="erase-apart"),
+            Row(
+                "... each sensor apart, against the same place",
+                "--erase 0.5",
+                slip="erase-apart",
+                base="D9: erasing, the same place in all sensors",
+            ),
             Row(
                 "D10: centroids drawn from N(0, 1), never trained",
                 "--center-lr 0",
@@ -302,7 +315,12 @@ TABLES = {
             Row("D11: stage 2 at four times its rate", "--lr 2.5e-3 4.8e-3"),
             Row("D15: a patch as data token", "--data-token 5"),
             Row("D21: cross-entropy on all", "--cross-entropy all"),
-            Row("D25: backbone frozen in both stages", "--frozen yes yes"),
+            Row("D25: vanilla fusion", "--fusion cls"),
+            Row(
+                "... its backbone frozen in both stages, against unfrozen",
+                "--fusion cls --frozen yes yes",
+                base="D25: vanilla fusion",
+            ),
             Row("D26: narrower start of the fusion token", "", slip="narrow-token"),
         ),
         differences=True,
@@ -355,9 +373,11 @@ def figures(row: Row, seed: int, common: list[str], args: argparse.Namespace) ->
 
     With --from nothing is trained: None where nothing is kept.
     """
-    path, look = kept_file(row, common, args), " ".join([row.test, row.prune, row.target]).strip()
-    with runtime.rank0_first():
-        done = read_figures(path).get(look, {}).get(str(seed))
+    path = (args.from_ or args.keep or args.out) / f"{folder(row, common, args)}.json"
+    look = " ".join([row.test, row.prune, row.target]).strip()
+    made_by = provenance(tuple(options(row, common, args)), row.slip)
+    looks = runtime.by_rank0(lambda: read_figures(path, made_by))
+    done = looks.get(look, {}).get(str(seed))
     if done or args.from_:
         return done
     words = command(row, common, seed, args)
@@ -365,39 +385,66 @@ def figures(row: Row, seed: int, common: list[str], args: argparse.Namespace) ->
     metrics = run(row, words)
     if runtime.rank() == 0:
         runtime.make_folder(path.parent, "--keep")
-        looks = read_figures(path)  # another process may have added some
-        looks.setdefault(look, {})[str(seed)] = {
-            name: metrics[name] for name in (*FIGURES, "params")
-        }
-        runtime.write_json(path, {"options": " ".join(options(row, common, args)), "looks": looks})
+        looks = read_figures(path, made_by)  # another process may have added some
+        kept = {name: metrics[name] for name in (*FIGURES, "params")}
+        looks.setdefault(look, {})[str(seed)] = kept
+        runtime.write_json(path, {"settings": made_by, "looks": looks})
     return metrics
 
 
-def kept_file(row: Row, common: list[str], args: argparse.Namespace) -> Path:
-    """What holds the figures of a row's model, under each look at it: tests, prunings, none."""
-    return (args.from_ or args.keep or args.out) / f"{folder(row, common, args)}.json"
+# What of train.py's settings makes no other model, or is no setting of a row
+ASIDE = {
+    "out", "resume", "seed", "device", "workers", "store", "data_root", "checkpoint_every",
+    "log_every", "deterministic", "stages",
+}  # fmt: skip
 
 
-def read_figures(path: Path) -> dict[str, dict[str, dict]]:
-    """look -> seed -> figures. Raises UserError for a file that is none of these."""
+@functools.cache  # tables share rows, and a parser is slow to make
+def parsed(words: tuple[str, ...]) -> argparse.Namespace:
+    return train.parse(list(words))
+
+
+@functools.cache
+def provenance(words: tuple[str, ...], slip: str) -> dict:
+    """All settings of a model, as a file has them, and a digest of the weights it starts from."""
+    args = parsed(words)
+    made_by = {name: value for name, value in vars(args).items() if name not in ASIDE}
+    weights = Path(args.backbone_weights)
+    if weights.is_file():
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        made_by["backbone_weights"] = f"{weights.name}, sha256 {digest[:16]}"
+    return json.loads(json.dumps({**made_by, "slip": slip}, default=str))
+
+
+def read_figures(path: Path, made_by: dict) -> dict[str, dict[str, dict]]:
+    """look -> seed -> figures, of a model with these settings.
+
+    Raises UserError for another kind of file, or a model with others.
+    """
     if not path.exists():
         return {}
     try:
-        looks = json.loads(path.read_text())["looks"]
+        content = json.loads(path.read_text())
+        looks, settings = content["looks"], dict(content["settings"])
         for seeds in looks.values():
             assert all(metrics.keys() >= {*FIGURES, "params"} for metrics in seeds.values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
         raise UserError(
             f"{path}: not a file of ablate.py's figures ({error!r}); name the folder of --keep"
         ) from None
+    for name in settings.keys() & made_by.keys():
+        if settings[name] != made_by[name]:
+            raise UserError(
+                f"{path}: its figures are of {name} {settings[name]}, not {made_by[name]}: remove"
+                " it, and what was trained so, or name another --keep"
+            )
     return looks
 
 
 def run(row: Row, words: list[str]) -> dict:
     """Train, test and prune what of a row is not done; returns its figures."""
     args = train.parse(words)
-    with published(row.slip):
-        metrics = kept(args.out / "metrics.json", lambda: train.train(args))
+    metrics = kept(args.out / "metrics.json", lambda: train_as(row.slip, args))
     if row.test:
         path = args.out / f"metrics{slug(row.test)}.json"
         again = [str(args.out / "last.pt"), *row.test.split(), "--json", str(path)]
@@ -409,13 +456,14 @@ def run(row: Row, words: list[str]) -> dict:
     return metrics
 
 
-def published(slip: str) -> AbstractContextManager:
-    """Train as the published code does, in this one respect; "": as we do."""
+def train_as(slip: str, args: argparse.Namespace) -> dict:
+    """Train as we do, or as the published code does in the respect that `slip` names."""
     if not slip:
-        return nullcontext()
+        return train.train(args)
     from extras.published import slipped
 
-    return slipped(slip)
+    with slipped(slip, args):
+        return train.train(args)
 
 
 def kept(path: Path, make) -> dict:
@@ -446,7 +494,7 @@ def command(row: Row, common: list[str], seed: int, args: argparse.Namespace) ->
 
 def options(row: Row, common: list[str], args: argparse.Namespace) -> list[str]:
     """train.py's options that make a row, but for seed and place."""
-    epochs = sum(stage.epochs for stage in train.parse(common).stages)
+    epochs = sum(stage.epochs for stage in parsed(tuple(common)).stages)
     own = [word.format(epochs=epochs, weights=args.weights) for word in row.flags.split()]
     return [*(without_backbone(common) if "hamnet" in own else common), *own]
 
@@ -499,17 +547,17 @@ def text_of(table: Table, measured: list[tuple[Row, list[dict]]]) -> str:
     head = ["", "parameters", *(f"{name} %" for name in FIGURES)]
     lines = [cells(row, results) for row, results in measured]
     if table.differences:
-        head.append("mAP against the first row")
-        base = measured[0][1]
-        lines = [
-            [*line[:-1], against(results, base)]
-            for line, (_, results) in zip(lines, measured, strict=True)
-        ]
+        head.append("mAP against the first row or the one named, ± standard error")
+        by_label = {row.label: results for row, results in measured}
+        for line, (row, results) in zip(lines, measured, strict=True):
+            line[-1] = against(results, by_label[row.base or table.rows[0].label])
     else:
         head.append("paper: parameters: mAP / R1 / R5 / R10")
     counts = sorted({len(results) for _, results in measured if results}) or [0]
     count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     title = f"{table.title}; {count} seeds, mean ± standard deviation"
+    if counts == [0]:
+        title = f"{table.title}; not run yet"
     return f"{title}\n\n{runtime.markdown([head, *lines])}"
 
 
@@ -604,7 +652,8 @@ def read_weights(text: str) -> tuple[str, str]:
 
 def rows_of(key: str, args: argparse.Namespace) -> list[Row]:
     """The rows of a table; of the backbones those whose weights were named."""
-    return [row for row in TABLES[key].rows if key != "backbone" or row.label in args.weights]
+    rows = TABLES[key].rows
+    return [row for row in rows if key != "backbone" or args.weights.get(row.label)]
 
 
 def seeds_of(row: Row, args: argparse.Namespace) -> range:

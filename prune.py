@@ -436,7 +436,8 @@ def prune_model(args: Namespace) -> list[dict]:
         add_row(run, "start", args.half, pruning)
     stage, labels = finetuning(run.args.stages[1], args), list(pruning.targets)
     # A whole stage's warm-up could be longer than a round
-    run.args.warmup_steps = min(run.args.warmup_steps, run.stage_steps(stage) // 10)
+    warmup = min(stage.warmup_steps, run.stage_steps(stage) // 10)
+    stage = replace(stage, warmup_steps=warmup)
     for fraction in pruning.fractions(args.rounds)[pruning.rounds :]:
         # Rounds are numbered after the two stages, so that each draws its own triplets
         numbered = replace(stage, number=pruning.rounds + 3)

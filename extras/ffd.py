@@ -19,6 +19,7 @@ from torch import Tensor
 import data
 import evaluate
 import runtime
+import train
 from losses import triplet_soft_margin
 from model import Embeddings, MultiModalModel
 from runtime import UserError, whole
@@ -82,8 +83,8 @@ def acts_below(f: float, g: float, c: float, least: float = 1e-3, *, squared: bo
 def measure(model: MultiModalModel, images: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
     """Geometry, term and gradients of a batch of triplets; labels (B,) of the anchors.
 
-    Gradients are norms over fusion token and encoders, as shares of cross-entropy's norm there. All
-    of Eq. (10)'s weights are equal for the two terms.
+    Gradients are norms over fusion token and encoders, as shares of cross-entropy's norm there;
+    Eq. (10) weights both by 0.5.
     """
     model.train()
     model.freeze_backbone(True)  # it has no part in the question, and would take most of the time
@@ -105,19 +106,36 @@ def of_checkpoint(path: str, args: argparse.Namespace) -> dict[str, float]:
     """What a run's triplet term is worth on `--triplets` triplets of its training split."""
     device = runtime.start(args.device)
     embedder, checkpoint = evaluate.load_embedder(path, device)
-    config, settings = embedder.model.config, checkpoint.get("settings", {})
+    config = embedder.model.config
     if config.fusion != "graft":
         raise UserError(f"{path}: a model of --fusion {config.fusion}; expected one of graft")
-    if "dataset" not in settings:
+    if "pids" not in checkpoint:
         raise UserError(f"{path}: does not say on what it was trained; expected one of train.py")
-    root = args.data_root or settings["data_root"]
-    split = data.load_dataset(settings["dataset"], root, config.modalities, config.image_size).train
-    rng = runtime.numpy_rng(0)
-    rows = data.make_triplets(split.pids.numpy(), 1, rng)[: args.triplets]
+    # A checkpoint of an older version may lack some settings
+    stored = {"dataset": "synthetic", **checkpoint["settings"]}
+    settings = argparse.Namespace(
+        **{**vars(train.parse(["--dataset", stored["dataset"]])), **stored}
+    )
+    if args.data_root:
+        settings.data_root = args.data_root
+    split = train.load_splits(settings)[0].train  # without what --val-ids held out
+    if split.pids.unique().tolist() != checkpoint["pids"]:
+        raise UserError(f"{settings.data_root}: not the identities that {path} was trained on")
+    rows = data.make_triplets(split.pids.numpy(), 1, runtime.numpy_rng(0))[: args.triplets]
     indices = rows.T.ravel().tolist()  # anchors, then positives, then negatives
     (images,) = data.read_batches(split, [indices], 0, device)
     labels = torch.searchsorted(split.pids.unique(), split.pids[indices[: len(rows)]])
     return measure(embedder.model, embedder.normalise(images), labels.to(device))
+
+
+def read(path: Path) -> dict[str, dict]:
+    """What --json kept. Raises UserError for anything else."""
+    try:
+        results = json.loads(path.read_text())
+        assert results and all(found.keys() >= COLUMNS.keys() for found in results.values())
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        raise UserError(f"{path}: not what --json of extras.ffd keeps ({error!r})") from None
+    return results
 
 
 def table(results: dict[str, dict]) -> str:
@@ -140,8 +158,10 @@ def main() -> None:
     runtime.add_device_options(parser, precision=None)
     args = parser.parse_args()
     results = {}
-    for path in filter(Path.exists, filter(None, (args.from_, args.json))):
-        results |= json.loads(path.read_text())
+    if args.from_:
+        results |= read(args.from_)
+    if args.json and args.json.exists():
+        results |= read(args.json)
     for text in args.checkpoints:
         label, _, path = text.rpartition("=")
         results[label or path] = of_checkpoint(path, args)

@@ -2,13 +2,15 @@
 
 python -m extras.published rgb-files --dataset synthetic --out runs/rgb-files
 
-The rest are train.py's options. What each slip does to a model is in RESULTS.md; the numbers D1,
-D5, ... are README's. `ablate.py --table choices` runs them all.
+The rest are train.py's options. What a slip does to a model is in RESULTS.md; the numbers D1, D5,
+... are README's. `ablate.py --table choices` runs them all.
 """
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -23,37 +25,60 @@ import train
 from runtime import UserError
 
 
-def keep_gradients(zero_grad):
-    return lambda self, set_to_none=True: None
+def keep_gradients(make_optimizer):
+    def as_published(objective, stage, center_lr):
+        objective.zero_grad()  # each of their stages is a run of its own
+        optimizer = make_optimizer(objective, stage, center_lr)
+        optimizer.zero_grad = lambda: None
+        return optimizer
+
+    return as_published
 
 
 def rgb_files(prepare):
     def as_published(self, images: dict[str, Tensor], draws: Tensor) -> dict[str, Tensor]:
-        first = next(iter(images.values()))
-        anchors = len(first) // 3  # then come positives and negatives
-        mixed = {n: torch.cat([image[:anchors], first[anchors:]]) for n, image in images.items()}
+        anchors = len(images["rgb"]) // 3  # then come positives and negatives
+        others = images["rgb"][anchors:]
+        mixed = {name: torch.cat([image[:anchors], others]) for name, image in images.items()}
         return prepare(self, mixed, draws)
 
     return as_published
 
 
-def first_epoch(steps):
-    return lambda self, epoch: steps(self, 0)
+def few_partners(steps):
+    """Two positives an identity; four negatives in all, one of them in 85% of the triplets."""
+
+    def as_published(self, epoch: int) -> np.ndarray:
+        rows, pids = steps(self, epoch).copy(), self.pids
+        pairs = {pid: np.flatnonzero(pids == pid)[:2] for pid in np.unique(pids)}
+        firsts, seconds = np.array([pairs[pid] for pid in pids]).T  # of each sample's identity
+        anchors = rows[:, 0]
+        rows[:, 1] = np.where(anchors == firsts[anchors], seconds[anchors], firsts[anchors])
+        negatives = np.array([pair[0] for pair in pairs.values()][:4])
+        rng = runtime.numpy_rng(self.seed, 4, epoch)
+        drawn = rng.choice(4, anchors.shape, p=(0.85, 0.05, 0.05, 0.05))
+        same = pids[negatives[drawn]] == pids[anchors]
+        rows[:, 2] = negatives[np.where(same, (drawn + 1) % 4, drawn)]
+        return rows
+
+    return as_published
 
 
 def few_anchors(make_sampler):
-    """The first sample of an identity and camera is the anchor in the place of each."""
+    """Triplets of the first sample of each identity and camera alone, again and again."""
 
     def as_published(args, dataset: data.Dataset) -> data.TripletSampler:
         sampler, split = make_sampler(args, dataset), dataset.train
         groups = torch.stack([split.pids, split.keys], 1).numpy()
-        _, first, group = np.unique(groups, axis=0, return_index=True, return_inverse=True)
-        firsts, steps = first[group.ravel()], sampler.steps
+        _, firsts = np.unique(groups, axis=0, return_index=True)
+        steps = sampler.steps
 
         def own_steps(epoch: int) -> np.ndarray:
-            rows = steps(epoch).copy()
-            rows[:, 0] = firsts[rows[:, 0]]
-            return rows
+            rows = steps(epoch)
+            triplets = rows.transpose(0, 2, 1).reshape(-1, 3)
+            kept = triplets[np.isin(triplets[:, 0], firsts)]
+            repeated = np.resize(kept, triplets.shape)
+            return repeated.reshape(len(rows), -1, 3).transpose(0, 2, 1)
 
         sampler.steps = own_steps
         return sampler
@@ -86,24 +111,63 @@ def narrow_token(init):
     return as_published
 
 
-SLIPS = {  # name -> where it is, what it becomes there
-    "unzeroed": (torch.optim.AdamW, "zero_grad", keep_gradients),  # D1
-    "rgb-files": (train.Run, "prepare", rgb_files),  # D5
-    "same-triplets": (data.TripletSampler, "steps", first_epoch),  # D6
-    "few-anchors": (train, "make_sampler", few_anchors),  # D7
-    "erase-apart": (data, "augment", erase_apart),  # D9; with --erase
-    "random-centroids": (losses.CenterLoss, "start_at_means", random_centroids),  # D10
-    "narrow-token": (model.GraFT, "__init__", narrow_token),  # D26
-}
+class Slip(NamedTuple):
+    """What becomes of `owner.attribute`, and which settings give it any effect."""
+
+    owner: object
+    attribute: str
+    make: Callable
+    needs: str
+    effective: Callable[[argparse.Namespace], bool]
+
+
+def in_triplets(args: argparse.Namespace) -> bool:
+    return args.sampling == "triplets"
+
+
+SLIPS = {
+    "unzeroed": Slip(  # D1
+        train, "make_optimizer", keep_gradients, "an --out that is new",  # no checkpoint has them
+        lambda args: not (args.out / "last.pt").exists(),
+    ),
+    "rgb-files": Slip(  # D5
+        train.Run, "prepare", rgb_files, "rgb among --modalities, --sampling triplets",
+        lambda args: in_triplets(args) and "rgb" in (args.modalities or ["rgb"]),
+    ),
+    "few-partners": Slip(  # D6
+        data.TripletSampler, "steps", few_partners, "--sampling triplets", in_triplets
+    ),
+    "few-anchors": Slip(  # D7
+        train, "make_sampler", few_anchors, "--sampling triplets", in_triplets
+    ),
+    "erase-apart": Slip(  # D9
+        data, "augment", erase_apart, "--erase above 0", lambda args: args.erase > 0
+    ),
+    "random-centroids": Slip(  # D10
+        losses.CenterLoss, "start_at_means", random_centroids, "--center-lr 0, --beta above 0",
+        lambda args: args.center_lr == 0 and any(args.beta),
+    ),
+    "narrow-token": Slip(  # D26
+        model.GraFT, "__init__", narrow_token, "--fusion graft",
+        lambda args: args.fusion == "graft",
+    ),
+}  # fmt: skip
 
 
 @contextmanager
-def slipped(name: str) -> Iterator[None]:
-    """While it lasts, this package does as the published code. Raises UserError: no such slip."""
+def slipped(name: str, args: argparse.Namespace) -> Iterator[None]:
+    """While it lasts, training by `args` does as the published code.
+
+    Raises UserError where there is no such slip, or where it would change nothing.
+    """
     if name not in SLIPS:
         raise UserError(f"{name}: no such slip; expected one of {', '.join(SLIPS)}")
-    owner, attribute, make = SLIPS[name]
-    with mock.patch.object(owner, attribute, make(getattr(owner, attribute))):
+    slip = SLIPS[name]
+    if not slip.effective(args):
+        raise UserError(f"{name}: has no effect as it is; expected {slip.needs}")
+    args.slip = name  # config.json and the checkpoint tell, and no other run goes on from it
+    as_published = slip.make(getattr(slip.owner, slip.attribute))
+    with mock.patch.object(slip.owner, slip.attribute, as_published):
         yield
 
 
@@ -112,8 +176,9 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(f"{__doc__}\nslips: {', '.join(SLIPS)}")
         return
-    with slipped(sys.argv[1]):
-        train.train(train.parse(sys.argv[2:]))
+    args = train.parse(sys.argv[2:])
+    with slipped(sys.argv[1], args):
+        train.train(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fill a document's tables from kept figures: none is typed.
+"""Fill a document's tables from kept figures.
 
 python -m extras.results results/ RESULTS.md
 
@@ -47,7 +47,7 @@ def rows(path: Path) -> str:
 
 
 OTHERS = {  # block -> its file, and what makes a table of it
-    "ffd": ("ffd", lambda path: ffd.table(json.loads(path.read_text()))),
+    "ffd": ("ffd", lambda path: ffd.table(ffd.read(path))),
     "speed": ("bench", speed),
     "pairs": ("pairs", lambda path: evaluate.pairs_table(json.loads(path.read_text()))),
     "runs": ("", runs),
@@ -55,15 +55,21 @@ OTHERS = {  # block -> its file, and what makes a table of it
 }
 
 
-def block(name: str, folder: Path, seeds: int) -> str:
-    """What belongs into a block; raises UserError for a name that is none."""
-    key, *common = name.split()
+def block(block_name: str, folder: Path, seeds: int) -> str:
+    """The content of a block; raises UserError where there is none of that name."""
+    key, *common = block_name.split()
     args = argparse.Namespace(from_=folder, keep=None, out=folder, weights={}, seed=0, seeds=seeds)
     if key == "verdicts":
         return runtime.markdown(verdicts.lines(common, args))
     if key in OTHERS:
         name, table_of = OTHERS[key]
-        return table_of(folder / f"{name or common[0]}.json")
+        path = folder / f"{name or ' '.join(common)}.json"
+        try:
+            return table_of(path)
+        except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"<!-- {block_name} -->: {path} holds no such table ({error!r})"
+            ) from None
     if key not in ablate.TABLES:
         expected = ", ".join([*ablate.TABLES, "verdicts", *OTHERS])
         raise UserError(f"<!-- {key} -->: no such table; expected one of {expected}")

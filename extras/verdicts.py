@@ -2,9 +2,11 @@
 
 python -m extras.verdicts results/
 
-Each claim is that one row of ablate.py's tables has a higher mAP than another, or the same. It is
-judged by Student's t test on the runs' mAPs at the 5% level, two-sided, with pooled variance: for
-three seeds a side the means must differ by 2.78 standard errors of their difference.
+Each claim is that one row of ablate.py's tables is ahead of another, or as good. It is judged by
+Student's t test at the 5% level, two-sided, with pooled variance, on the runs' figures: for three
+seeds a side the means must differ by 2.78 standard errors. Two looks at the same trained models,
+say before and after pruning, are compared in pairs. "As good" holds where the whole 95% interval of
+the difference lies within MARGIN points. Needs scipy.
 """
 
 import argparse
@@ -16,22 +18,27 @@ import ablate
 import runtime
 from ablate import Row, standard_error
 
-# Student's t, 97.5%, for 1, 2, ... degrees of freedom
-CRITICAL = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+MARGIN = 2.0  # points: what "as good" may lose or gain
 
 
 class Claim(NamedTuple):
-    """`first` is ahead of `second`, or, where `same`, not told from it."""
+    """`first` is ahead of `second`, by more than `by` points; or, where `same`, as good."""
 
     text: str
     where: str
     first: Row
     second: Row
     same: bool = False
+    by: float = 0.0
+    metric: str = "mAP"
 
 
 def row(flags: str = "", **look) -> Row:
     return Row("", flags, **look)
+
+
+def on(modalities: str, flags: str = "") -> Row:
+    return row(f"--modalities {modalities} {flags}".strip())
 
 
 def of_table(key: str, label: str) -> Row:
@@ -39,106 +46,160 @@ def of_table(key: str, label: str) -> Row:
     return found
 
 
-GRAFT, PAIR = row(), row("--modalities rgb,nir")
+GRAFT, PAIR, CLS, AVERAGE = row(), on("rgb,nir"), row("--fusion cls"), row("--fusion average")
+FFF = row("--triplet FFF")
+STREAMS = "--fusion multistream"
 CLAIMS = (
     Claim("GraFT is ahead of HAMNet", "Table 1", GRAFT, row("--fusion hamnet")),
-    Claim("... with two sensors", "Table 2", PAIR, row("--modalities rgb,nir --fusion hamnet")),
-    Claim("GraFT is ahead of Multi-Stream ViT", "Table 1", GRAFT, row("--fusion multistream")),
+    Claim("... with two sensors", "Table 2", PAIR, on("rgb,nir", "--fusion hamnet")),
+    Claim("GraFT is ahead of Multi-Stream ViT", "Table 1", GRAFT, row(STREAMS)),
+    Claim("... in Rank-1", "Table 1", GRAFT, row(STREAMS), metric="R1"),
+    Claim("... with two sensors", "Table 2", PAIR, on("rgb,nir", STREAMS)),
     Claim(
-        "... with two sensors", "Table 2", PAIR, row("--modalities rgb,nir --fusion multistream")
+        "GraFT at 0.39 of the backbone's weights is ahead of Multi-Stream ViT",
+        "Fig. 1",
+        of_table("4", "0.39 of the weights"),
+        on("rgb,nir", STREAMS),
     ),
-    Claim("GraFT (FFD) is ahead of a new CLS token", "Table 5", GRAFT, row("--fusion cls")),
-    Claim("... at the same loss, FFF", "Table 5", row("--triplet FFF"), row("--fusion cls")),
+    Claim("GraFT (FFD) is ahead of a new CLS token", "Table 5", GRAFT, CLS),
+    Claim("... in Rank-1", "Table 5", GRAFT, CLS, metric="R1"),
+    Claim("... at the same loss, FFF", "Table 5", FFF, CLS),
     Claim("... without triplet loss", "Table 5", row("--alpha 0"), row("--fusion cls --alpha 0")),
-    Claim("GraFT (FFD) is ahead of averaged tokens", "Table 5", GRAFT, row("--fusion average")),
-    Claim("... at the same loss, FFF", "Table 5", row("--triplet FFF"), row("--fusion average")),
+    Claim("GraFT (FFD) is ahead of averaged tokens", "Table 5", GRAFT, AVERAGE),
+    Claim("... at the same loss, FFF", "Table 5", FFF, AVERAGE),
     Claim(
         "... without triplet loss", "Table 5", row("--alpha 0"), row("--fusion average --alpha 0")
     ),
-    Claim(
-        "averaged tokens are ahead of a CLS token",
-        "Table 5",
-        row("--fusion average"),
-        row("--fusion cls"),
-    ),
+    Claim("averaged tokens are ahead of a CLS token", "Table 5", AVERAGE, CLS),
     *(
-        Claim(f"three sensors are ahead of {pair}", "Table 6", GRAFT, row(f"--modalities {pair}"))
+        Claim(f"three sensors are ahead of {pair}", "Table 6", GRAFT, on(pair))
         for pair in ("rgb,nir", "nir,tir", "rgb,tir")
     ),
     *(
-        Claim(f"RGB and NIR are ahead of {one}", "Table 7", PAIR, row(f"--modalities {one}"))
-        for one in ("rgb", "nir")
+        Claim(f"{pair} are ahead of {one} alone", "Tables 6, 7", on(pair), on(one))
+        for pair in ("rgb,nir", "nir,tir", "rgb,tir")
+        for one in pair.split(",")
     ),
     *(
         Claim(f"FFD is ahead of {scheme}", "Table 8, 4.3", GRAFT, row(f"--triplet {scheme}"))
         for scheme in ("DDD", "FFF", "FDD", "DFF", "DFD", "DDF", "FDF")
     ),
-    Claim("... because of its triplet term", "4.3", GRAFT, row("--alpha 0")),
+    Claim("FFD is ahead because of its triplet term", "4.3", GRAFT, row("--alpha 0")),
+    Claim("DDD is ahead of FFF", "Table 8, 6", row("--triplet DDD"), FFF),
     *(
         Claim(
-            f"data token {index} is as good as the first",
+            f"{scheme} is ahead of DDD",
+            "Table 8, 6",
+            row(f"--triplet {scheme}"),
+            row("--triplet DDD"),
+        )
+        for scheme in ("FDD", "DFF", "DFD")
+    ),
+    *(
+        Claim(
+            f"data token {index} is as good as 5",
             "6",
             row(f"--data-token {index}"),
-            GRAFT,
+            row("--data-token 5"),
             same=True,
         )
-        for index in ("5", "25")
+        for index in ("10", "15", "20", "25")
     ),
     Claim("frozen, then unfrozen is ahead of unfrozen", "4.1", GRAFT, row("--frozen no no")),
     Claim("... and of frozen throughout", "4.1", GRAFT, row("--frozen yes yes")),
-    Claim("no center loss in stage 1 is better", "5.2", GRAFT, row("--beta 0.005 0.005")),
-    Claim("center loss helps in stage 2", "4.2", GRAFT, row("--beta 0 0")),
-    Claim("one fusion token is as good as two", "5.2", GRAFT, row("--fusion-tokens 2"), same=True),
-    Claim("... and as four", "5.2", GRAFT, row("--fusion-tokens 4"), same=True),
-    Claim("more positives help: eight against one", "5.1", row("--positives 8"), GRAFT),
+    Claim("no center loss in stage 1 is ahead of one", "5.2", GRAFT, row("--beta 0.005 0.005")),
+    Claim("center loss in stage 2 is ahead of none", "4.2", GRAFT, row("--beta 0 0")),
+    Claim("one fusion token is ahead of two", "5.2", GRAFT, row("--fusion-tokens 2")),
+    Claim("... and of four", "5.2", GRAFT, row("--fusion-tokens 4")),
     Claim(
-        "2.5 times smaller is as good, by masks",
+        "eight positives are ahead of one after as many steps",
+        "5.1",
+        row("--positives 8 --epoch-steps 123 123"),
+        GRAFT,
+    ),
+    Claim(
+        "0.39 of the backbone's weights are as good as all",
         "5.4",
         of_table("4", "0.39 of the weights"),
         PAIR,
         same=True,
     ),
-    Claim("... and 3.8 times smaller collapses", "5.4", PAIR, of_table("4", "0.14 of the weights")),
+    Claim(
+        "... as all, finetuned as long",
+        "5.4",
+        of_table("4", "0.39 of the weights"),
+        of_table("4", "0.996 of the weights: finetuning alone"),
+        same=True,
+    ),
+    Claim(
+        "all are ahead of 0.14 by more than 10 points: it collapses",
+        "5.4",
+        PAIR,
+        of_table("4", "0.14 of the weights"),
+        by=10.0,
+    ),
 )
 UNTESTED = (
-    ("GraFT is ahead of DANet and GAFNet", "Tables 1, 2", "neither code nor enough text"),
-    ("DeiT-B is the better backbone", "3.2", "weights were not at hand"),
-    ("76.6 mAP on RGBNT100, 75.1 on RGBN300", "Tables 1, 2", "data and weights were not at hand"),
-    ("deployment on devices", "abstract, 5.4", "see Speed and extras/README.md: it exports"),
+    ("GraFT is ahead of DANet and GAFNet", "Tables 1, 2", "they have neither code nor enough text"),
+    ("DeiT-B is the better backbone", "3.2", "its weights were not at hand"),
+    ("76.6 mAP on RGBNT100, 75.1 on RGBN300", "Tables 1, 2", "neither data nor weights at hand"),
+)
+BY_CONSTRUCTION = (
+    ("one embedding size for any number of sensors", "3.3", "Eq. (6) is a mean"),
+    ("the fusion token gathers all that is matched", "Fig. 4", "it alone is the embedding"),
 )
 
 
-def judge(claim: Claim, first: list[float], second: list[float]) -> str:
-    """The verdict on mAPs in percent; "-" where a side has fewer than two."""
-    if min(len(first), len(second)) < 2:
-        return "-"
-    bound = critical(first, second) * standard_error(first, second)
-    difference = mean(first) - mean(second)
-    if abs(difference) <= bound:
-        return "holds" if claim.same else "does not show"
+def judge(claim: Claim, first: list[float], second: list[float], paired: bool = False) -> tuple:
+    """The verdict on figures in percent, their difference with its standard error, the test's p.
+
+    ("-", None, None) where a side has fewer than two runs.
+    """
+    stats = need_scipy()
+    if min(len(first), len(second)) < 2 or (paired and len(first) != len(second)):
+        return "-", None, None
+    shifted = [value - claim.by for value in first]
+    if paired:
+        found = stats.ttest_rel(shifted, second)
+        error = stdev(a - b for a, b in zip(first, second, strict=True)) / len(first) ** 0.5
+    else:
+        found, error = stats.ttest_ind(shifted, second), standard_error(first, second)
+    low, high = found.confidence_interval()
     if claim.same:
-        return f"does not hold: it is {'better' if difference > 0 else 'worse'}"
-    return "holds" if difference > 0 else "does not hold: the reverse"
+        inside = low >= -MARGIN and high <= MARGIN
+        outside = low > MARGIN or high < -MARGIN
+        verdict = "holds" if inside else "does not hold" if outside else "does not show"
+    elif low > 0:
+        verdict = "holds"
+    else:
+        verdict = "the reverse holds" if high < -claim.by else "does not show"
+    return verdict, (mean(first) - mean(second), error), float(found.pvalue)
 
 
-def critical(first: list[float], second: list[float]) -> float:
-    return CRITICAL[min(len(first) + len(second) - 2, len(CRITICAL)) - 1]
+def need_scipy():
+    try:
+        from scipy import stats
+    except ImportError:
+        raise runtime.UserError("verdicts: need scipy (pip install scipy)") from None
+    return stats
 
 
 def lines(common: list[str], args: argparse.Namespace) -> list[list[str]]:
-    table = [["claim", "paper", "verdict", "mAP, first and second", "difference ± its error"]]
+    table = [["claim", "paper", "verdict", "figures, first and second", "difference ± error", "p"]]
     for claim in CLAIMS:
         sides = []
         for side in (claim.first, claim.second):
             runs = [ablate.figures(side, seed, common, args) for seed in range(args.seeds)]
-            sides.append([100 * metrics["mAP"] for metrics in runs if metrics])
-        shown = ", ".join(spread(values) for values in sides)
-        difference = "-"
-        if min(map(len, sides)) > 1:
-            difference = f"{mean(sides[0]) - mean(sides[1]):+.1f} ± {standard_error(*sides):.1f}"
-        table.append([claim.text, claim.where, judge(claim, *sides), shown, difference])
-    for text, where, why in UNTESTED:
-        table.append([text, where, "not testable here", why, "-"])
+            sides.append([100 * metrics[claim.metric] for metrics in runs if metrics])
+        models = {ablate.folder(side, common, args) for side in (claim.first, claim.second)}
+        verdict, difference, p = judge(claim, *sides, paired=len(models) == 1)
+        shown = ["-", "-"]
+        if difference:
+            shown = ["{:+.1f} ± {:.1f}".format(*difference), f"{p:.3f}"]
+        cells = [claim.text, claim.where, verdict, ", ".join(map(spread, sides)), *shown]
+        table.append(cells)
+    for verdict, rows in (("by construction", BY_CONSTRUCTION), ("not testable here", UNTESTED)):
+        table += [[text, where, verdict, why, "-", "-"] for text, where, why in rows]
     return table
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
-from conftest import call, run, torchrun
+from conftest import call, torchrun
 
 import ablate
 import train
@@ -36,9 +36,13 @@ QUICK = [
 ]
 
 
-def table(*arguments, launch=run) -> list[list[str]]:
+def here(*arguments):
+    return call(ablate, *arguments)
+
+
+def table(*arguments, launch=here) -> list[list[str]]:
     """Cells of the table that ablate.py prints last."""
-    done = launch("ablate.py", *arguments)
+    done = launch(*arguments)
     assert done.returncode == 0, done.stderr
     return [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -67,8 +71,8 @@ def test_hamnets_row_is_left_its_own_backbone(tmp_path):
 
 
 def test_dry_run_prints_the_commands_alone(tmp_path):
-    done = run(
-        "ablate.py",
+    done = call(
+        ablate,
         "--table",
         8,
         "--seeds",
@@ -142,7 +146,7 @@ def test_one_model_on_every_subset_by_two_processes(tiny_data, tmp_path):
         tiny_data,
         *QUICK,
     ]
-    lines = table(*arguments, launch=partial(torchrun, 2))
+    lines = table(*arguments, launch=partial(torchrun, 2, "ablate.py"))
     assert len(lines) == 2 + 14 and len(list(tmp_path.glob("*/0/metrics-*.json"))) == 14
     for folder in tmp_path.glob("*/0"):
         assert (folder / "metrics-modalities-rgb,nir,tir.json").read_text() == (

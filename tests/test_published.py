@@ -1,9 +1,12 @@
 """Each slip of the published code does what it says, and is gone afterwards."""
 
+import json
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
-from conftest import call, run
+from conftest import call
 from test_ablate import QUICK
 
 import ablate
@@ -13,53 +16,75 @@ import model
 import train
 from extras import published
 from extras.published import slipped
-from runtime import UserError
 
 
-def test_gradients_add_up_over_steps():
+def read_settings(out) -> dict:
+    return json.loads((out / "config.json").read_text())
+
+
+@contextmanager
+def slip(name: str, *options):
+    """What is patched while training by these options, which give it an effect."""
+    with slipped(name, train.parse(list(map(str, options)))):
+        yield
+
+
+def test_gradients_add_up_over_the_steps_of_a_stage(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(1))
-    for slip, expected in (("unzeroed", 2), (None, 1)):
-        weight.grad, optimizer = None, torch.optim.AdamW([weight])
+    objective = torch.nn.Module()
+    objective.model, objective.criterion = torch.nn.Module(), losses.GraFTLoss(2, 2)
+    objective.model.backbones, objective.weight = [], weight
+    stage = train.parse([]).stages[1]
+    weight.grad = torch.ones(1)  # of an earlier stage
+    with slip("unzeroed", "--out", tmp_path):
+        optimizer = train.make_optimizer(objective, stage, 0.1)
         for _ in range(2):
-            if slip:
-                with slipped(slip):
-                    optimizer.zero_grad()
-            else:
-                optimizer.zero_grad()
+            optimizer.zero_grad()
             weight.sum().backward()
-        assert weight.grad == expected
+        assert weight.grad == 2
+    optimizer = train.make_optimizer(objective, stage, 0.1)
+    optimizer.zero_grad()
+    assert weight.grad is None
 
 
 def test_other_sensors_of_positives_and_negatives_are_rgb(monkeypatch):
     monkeypatch.setattr(train.Run, "prepare", lambda self, images, draws: images)
     images = {"rgb": torch.arange(6), "nir": torch.arange(10, 16)}
-    with slipped("rgb-files"):
+    with slip("rgb-files"):
         mixed = train.Run.prepare(None, images, None)
     assert mixed["rgb"].tolist() == [0, 1, 2, 3, 4, 5]
     assert mixed["nir"].tolist() == [10, 11, 2, 3, 4, 5]
 
 
-def test_the_same_triplets_in_each_epoch():
-    sampler = data.TripletSampler(torch.arange(12) // 3, 4, 1, 0)
-    assert not np.array_equal(sampler.steps(1), sampler.steps(2))
-    with slipped("same-triplets"):
-        assert np.array_equal(sampler.steps(1), sampler.steps(2))
+def test_two_positives_an_identity_and_four_negatives_in_all():
+    pids = torch.arange(60) // 6
+    sampler = data.TripletSampler(pids, 20, 1, 0)
+    with slip("few-partners"):
+        triplets = np.concatenate(
+            [sampler.steps(e).transpose(1, 0, 2).reshape(3, -1) for e in range(9)], 1
+        )
+    anchor, positive, negative = pids.numpy()[triplets]
+    assert (anchor == positive).all() and (anchor != negative).all()
+    assert (triplets[0] != triplets[1]).all()
+    assert len(set(triplets[0])) == 60 and len(set(triplets[1])) == 2 * 10
+    values, counts = np.unique(triplets[2], return_counts=True)
+    assert len(values) == 4 and 0.7 < counts.max() / counts.sum() < 0.87  # 85%, but for its own
 
 
-def test_one_anchor_an_identity_and_camera(tiny_data):
+def test_triplets_of_one_anchor_an_identity_and_camera(tiny_data):
     args = train.parse(["--data-root", str(tiny_data), "--batch-size", "4"])
     dataset = data.load_dataset("synthetic", tiny_data, None, (32, 64))
     split, pids = dataset.train, dataset.train.pids.numpy()
-    with slipped("few-anchors"):
-        sampler = train.make_sampler(args, dataset)
-    triplets = sampler.steps(0).transpose(1, 0, 2).reshape(3, -1)
-    groups = {
-        (p, k): i
-        for i, (p, k) in reversed(list(enumerate(zip(pids, split.keys.tolist(), strict=True))))
-    }
-    assert set(triplets[0]) <= set(groups.values()) and len(groups) < len(pids)
-    assert (pids[triplets[0]] == pids[triplets[1]]).all()
-    assert (pids[triplets[0]] != pids[triplets[2]]).all()
+    whole = train.make_sampler(args, dataset).steps(0)
+    with slip("few-anchors"):
+        steps = train.make_sampler(args, dataset).steps(0)
+    assert steps.shape == whole.shape
+    triplets = steps.transpose(1, 0, 2).reshape(3, -1)
+    places = list(zip(pids, split.keys.tolist(), strict=True))
+    firsts = {place: i for i, place in reversed(list(enumerate(places)))}
+    assert set(triplets[0]) == set(firsts.values()) and len(firsts) < len(pids)
+    known = {tuple(row) for row in whole.transpose(0, 2, 1).reshape(-1, 3)}
+    assert {tuple(row) for row in triplets.T} <= known  # so no anchor is its own positive
 
 
 def test_each_sensor_is_erased_at_a_place_of_its_own():
@@ -67,7 +92,7 @@ def test_each_sensor_is_erased_at_a_place_of_its_own():
     images = {name: image.expand(64, 3, -1, -1) for name, image in images.items()}
     draws = torch.rand(64, 7, generator=torch.Generator().manual_seed(0))
     together = data.augment(images, draws, (0.5, 0.0), 0.5)
-    with slipped("erase-apart"):
+    with slip("erase-apart", "--erase", 0.5):
         apart = data.augment(images, draws, (0.5, 0.0), 0.5)
     assert torch.equal(together["rgb"], together["nir"])
     assert torch.equal(apart["rgb"], together["rgb"])
@@ -79,17 +104,14 @@ def test_each_sensor_is_erased_at_a_place_of_its_own():
 
 
 def test_centroids_are_drawn_and_the_fusion_token_starts_narrower():
-    with slipped("random-centroids"):
+    with slip("random-centroids", "--center-lr", 0):
         center = losses.CenterLoss(50, 64)
         center.start_at_means(torch.zeros(1, 64), torch.zeros(1, dtype=torch.long))
     assert center.centers.std().item() == pytest.approx(1, abs=0.05)
     config = model.GraFTConfig(depth=1, image_size=(16, 16))
-    for slip, bound in (("narrow-token", 0.0625), (None, 0.0883)):
-        if slip:
-            with slipped(slip):
-                token = model.GraFT(config).fusion_token
-        else:
-            token = model.GraFT(config).fusion_token
+    with slip("narrow-token"):
+        narrow = model.GraFT(config).fusion_token
+    for token, bound in ((narrow, 0.0625), (model.GraFT(config).fusion_token, 0.0883)):
         assert bound - 0.001 < token.abs().max() <= bound + 1e-4
 
 
@@ -98,12 +120,21 @@ def test_a_run_with_a_slip_and_one_of_a_table(tiny_data, tmp_path):
     arguments = ["--data-root", tiny_data, "--out", out, *QUICK]
     done = call(published, "rgb-files", *arguments)
     assert done.returncode == 0 and (out / "metrics.json").exists(), done.stderr
-    done = call(published, "rgb", *arguments)
-    assert done.returncode == 2 and "rgb: no such slip; expected one of unzeroed" in done.stderr
-    with pytest.raises(UserError), slipped("rgb"):
-        pass
-    done = run("ablate.py", "--table", "choices", "--seeds", 1, "--dry-run", "--out", tmp_path)
+    assert read_settings(out)["slip"] == "rgb-files"
+    done = call(train, *arguments, "--resume")  # by another program, without it
+    assert done.returncode == 2 and "trained with slip rgb-files, not None" in done.stderr
+    for name, more, message in (
+        ("rgb", [], "rgb: no such slip; expected one of unzeroed"),
+        ("erase-apart", [], "erase-apart: has no effect as it is; expected --erase above 0"),
+        ("unzeroed", [], "unzeroed: has no effect as it is; expected an --out that is new"),
+        ("few-anchors", ["--recipe", "plus"], "expected --sampling triplets"),
+    ):
+        done = call(published, name, *arguments, *more)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_every_slip_is_a_row_of_the_table_of_choices(tmp_path):
+    done = call(ablate, "--table", "choices", "--seeds", 1, "--dry-run", "--out", tmp_path)
     slips = [line for line in done.stdout.splitlines() if "extras.published" in line]
     assert len(slips) == len(published.SLIPS)
     assert f"--out {tmp_path}/erase-apart-erase-0.5/0" in done.stdout
-    assert ablate.published("") is not None
