@@ -346,12 +346,25 @@ TABLES = {
             Row("without the cosine schedule", "--recipe plus --schedule sqrt sqrt"),
             Row("without label smoothing in stage 1", "--recipe plus --label-smoothing 0 0.1"),
             Row("without BNNeck features", "--recipe plus --no-bnneck-features"),
+            Row("without losses of each sensor", "--recipe plus --modality-losses 0"),
+            Row(
+                "with the default's backbone",
+                "--recipe plus --backbone-weights weights/vit-small-rgb.pth",
+            ),
+            Row(
+                "the paper's recipe with plus's backbone",
+                "--backbone-weights weights/vit-small-rgb-4800.pth",
+            ),
         ),
     ),
     "missing": Table(
         "Beyond the paper: trained on three sensors, tested on some",
         (
             *(Row(subset, "", test=f"--modalities {subset}") for subset in SUBSETS),
+            *(
+                Row(f"{subset}, plus", "--recipe plus", test=f"--modalities {subset}")
+                for subset in SUBSETS
+            ),
             *(
                 Row(
                     f"{subset}, modality dropout 0.3",

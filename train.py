@@ -87,6 +87,8 @@ PLUS = {  # --recipe plus, ours: the field's known means together; ablate.py --t
     "modality_losses": 1.0,
 }
 PLUS_SYNTHETIC = {
+    # What CLIP is to DeiT: the same ViT, pretrained on four times the vehicles, longer
+    "backbone_weights": str(WEIGHTS / "vit-small-rgb-4800.pth"),
     "patch_dropout": (0.0, 0.5),  # with as many more epochs as that makes a step cheaper
 }
 # On real data, as TOP-ReID and DeMo train: their rates, sizes, augmentation, some 8,000 steps. Not
