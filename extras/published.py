@@ -51,6 +51,12 @@ def few_partners(steps):
     def as_published(self, epoch: int) -> np.ndarray:
         rows, pids = steps(self, epoch).copy(), self.pids
         pairs = {pid: np.flatnonzero(pids == pid)[:2] for pid in np.unique(pids)}
+        enough = sum(len(pair) == 2 for pair in pairs.values())
+        if enough < max(4, len(pairs)):
+            raise UserError(
+                f"few-partners: {enough} of {len(pairs)} training identities have two samples;"
+                " expected all, and four or more"
+            )
         firsts, seconds = np.array([pairs[pid] for pid in pids]).T  # of each sample's identity
         anchors = rows[:, 0]
         rows[:, 1] = np.where(anchors == firsts[anchors], seconds[anchors], firsts[anchors])

@@ -95,7 +95,8 @@ def main() -> None:
     if not args.document.is_file():
         raise UserError(f"{args.document}: no such file; expected a document with blocks")
     text = args.document.read_text()
-    args.document.write_text(filled(text, args.results, args.seeds))
+    text = filled(text, args.results, args.seeds)
+    runtime.write_atomically(args.document, lambda temporary: temporary.write_text(text))
     print(f"{args.document}: {len(BLOCK.findall(text))} blocks")
 
 

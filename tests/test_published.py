@@ -16,6 +16,7 @@ import model
 import train
 from extras import published
 from extras.published import slipped
+from runtime import UserError
 
 
 def read_settings(out) -> dict:
@@ -69,6 +70,8 @@ def test_two_positives_an_identity_and_four_negatives_in_all():
     assert len(set(triplets[0])) == 60 and len(set(triplets[1])) == 2 * 10
     values, counts = np.unique(triplets[2], return_counts=True)
     assert len(values) == 4 and 0.7 < counts.max() / counts.sum() < 0.87  # 85%, but for its own
+    with slip("few-partners"), pytest.raises(UserError, match="few-partners: 3 of 3 training"):
+        data.TripletSampler(pids[:18], 6, 1, 0).steps(0)
 
 
 def test_triplets_of_one_anchor_an_identity_and_camera(tiny_data):
