@@ -329,6 +329,7 @@ TABLES = {
         "Beyond the paper: our recipe, and what becomes of it without each of its parts",
         (
             Row("the paper's recipe", ""),
+            Row("the same, features behind the BNNeck", "", test="--bnneck-features"),
             Row("plus", "--recipe plus"),
             Row("without identity-balanced batches", "--recipe plus --sampling triplets"),
             Row(
@@ -344,8 +345,12 @@ TABLES = {
                 "--recipe plus --patch-dropout 0 0",
             ),
             Row("without the cosine schedule", "--recipe plus --schedule sqrt sqrt"),
-            Row("without label smoothing in stage 1", "--recipe plus --label-smoothing 0 0.1"),
-            Row("without BNNeck features", "--recipe plus --no-bnneck-features"),
+            Row("without label smoothing", "--recipe plus --label-smoothing 0 0"),
+            Row("without BNNeck features", "--recipe plus", test="--no-bnneck-features"),
+            Row(
+                "a frozen stage as long as the default's",
+                "--recipe plus --epochs 2 4 --epoch-steps 0 0",
+            ),
             Row("without losses of each sensor", "--recipe plus --modality-losses 0"),
             Row(
                 "with the default's backbone",

@@ -400,6 +400,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--all-pairs", action="store_true", help=text)
     text = "what is ranked (default: as in training)"
     add("--test-token", choices=("fusion", "data"), help=text)
+    text = "rank what leaves the BNNeck, not what enters it (default: as in training)"
+    add("--bnneck-features", action=argparse.BooleanOptionalAction, help=text)
     add("--flip", action="store_true", help="mean of the embeddings of images and mirror images")
     add("--rerank", action="store_true", help="k-reciprocal re-ranking (k1 20, k2 6, 0.3)")
     add("--json", type=Path, metavar="FILE", help="write the figures, as fractions")
@@ -508,8 +510,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.attention and model.config.fusion != "graft":
         fusion = model.config.fusion
         raise UserError(f"--attention: a model with --fusion {fusion} has no fusion tokens")
-    if args.test_token:
-        model.config = replace(model.config, test_token=args.test_token)
+    tested = {name: getattr(args, name) for name in ("test_token", "bnneck_features")}
+    given = {name: value for name, value in tested.items() if value is not None}
+    model.config = replace(model.config, **given)
     normalisation = (checkpoint["mean"], checkpoint["std"])
     embedder = Embedder(model, *normalisation, device, args.precision, args.workers)
     dataset = load_chosen(args, model.config, pairs)

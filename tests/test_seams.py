@@ -474,6 +474,11 @@ def test_the_data_token_can_be_tested(tiny_data, tmp_path):
     assert read(tmp_path / "fusion.json") != read(out / "metrics.json")
     embedder, _ = evaluate.load_embedder(out / "last.pt", torch.device("cpu"), precision="fp32")
     assert embedder.model.config.test_token == "data"
+    json_file = tmp_path / "bnneck.json"
+    bnneck = ["--test-token", "fusion", "--bnneck-features", "--json", json_file]
+    succeeds(evaluate, out / "last.pt", *bnneck)
+    assert read(json_file) != read(tmp_path / "fusion.json")
+    assert "the data token has no BNNeck" in fails(evaluate, out / "last.pt", "--bnneck-features")
     images = {name: torch.randn(2, 3, 32, 64) for name in ("rgb", "nir", "tir")}
     expected = F.normalize(embedder.model(images).data)
     torch.testing.assert_close(embedder.features(images), expected)
