@@ -90,6 +90,8 @@ PLUS_SYNTHETIC = {
     # What CLIP is to DeiT: the same ViT, pretrained on four times the vehicles, longer
     "backbone_weights": str(WEIGHTS / "vit-small-rgb-4800.pth"),
     "patch_dropout": (0.0, 0.5),  # with as many more epochs as that makes a step cheaper
+    "epochs": (1, 2),
+    "epoch_steps": (60, 0),  # frozen only while the new parts warm up, as on real data
 }
 # On real data, as TOP-ReID and DeMo train: their rates, sizes, augmentation, some 8,000 steps. Not
 # run here, where no such data is at hand
