@@ -963,6 +963,13 @@ def check_combinations(args: argparse.Namespace) -> None:
         ):
             if given:
                 raise UserError(f"{option}: --fusion hamnet {reason}")
+    if args.fusion != "graft":
+        for option, given in (
+            ("--fusion-tokens", args.fusion_tokens > 1),
+            ("--data-token", args.data_token),
+        ):
+            if given:
+                raise UserError(f"{option}: of --fusion graft; --fusion {args.fusion} has none")
     # The hardest pair of a batch is found by the labels of all its samples
     if args.triplet == "hardest" and args.cross_entropy != "all":
         raise UserError("--triplet hardest needs the labels of all samples: --cross-entropy all")

@@ -284,6 +284,8 @@ def test_two_ranks_train_as_one_and_a_resumed_run_as_one_that_was_not(
         (["--patch-dropout", 0, 0.5], "--patch-dropout: --fusion hamnet has no patches"),
         (["--checkpointing"], "--checkpointing: --fusion hamnet has BatchNorms"),
         (["--modality-losses", 1], "--fusion hamnet has no tokens of a modality"),
+        (["--fusion-tokens", 2], "--fusion-tokens: of --fusion graft; --fusion hamnet has none"),
+        (["--data-token", 5], "--data-token: of --fusion graft; --fusion hamnet has none"),
         (["--samples", 5], "makes 24 images, 5 of each of 4.8 identities"),
         (["--fusion", "graft"], "--backbone resnet18: for --fusion hamnet; --fusion graft takes"),
     ],
