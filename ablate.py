@@ -372,6 +372,14 @@ TABLES = {
             ),
             *(
                 Row(
+                    f"{subset}, plus without losses of each sensor",
+                    "--recipe plus --modality-losses 0",
+                    test=f"--modalities {subset}",
+                )
+                for subset in SUBSETS
+            ),
+            *(
+                Row(
                     f"{subset}, modality dropout 0.3",
                     "--modality-dropout 0.3",
                     test=f"--modalities {subset}",

@@ -193,10 +193,11 @@ def lines(common: list[str], args: argparse.Namespace) -> list[list[str]]:
             sides.append([100 * metrics[claim.metric] for metrics in runs if metrics])
         models = {ablate.folder(side, common, args) for side in (claim.first, claim.second)}
         verdict, difference, p = judge(claim, *sides, paired=len(models) == 1)
-        shown = ["-", "-"]
+        effect, chance = "-", "-"
         if difference:
-            shown = ["{:+.1f} ± {:.1f}".format(*difference), f"{p:.3f}"]
-        cells = [claim.text, claim.where, verdict, ", ".join(map(spread, sides)), *shown]
+            effect = "{:+.1f} ± {:.1f}".format(*difference)
+            chance = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+        cells = [claim.text, claim.where, verdict, ", ".join(map(spread, sides)), effect, chance]
         table.append(cells)
     for verdict, rows in (("by construction", BY_CONSTRUCTION), ("not testable here", UNTESTED)):
         table += [[text, where, verdict, why, "-", "-"] for text, where, why in rows]
