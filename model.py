@@ -357,6 +357,10 @@ class GraFTConfig(Traits):
             raise UserError(f"test token {self.test_token!r}: expected fusion or data")
         if self.test_token == "data" and self.bnneck_features:
             raise UserError("the data token has no BNNeck: --test-token data, or BNNeck features")
+        if self.test_token == "data" and self.fusion != "graft":
+            raise UserError(f"--test-token data: --fusion {self.fusion} has no data token")
+        if self.bnneck_features and self.fusion == "hamnet":
+            raise UserError("--bnneck-features: --fusion hamnet has no BNNeck")
 
 
 # encoder_hidden: as wide to ViT-S as the paper's is to ViT-B

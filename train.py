@@ -91,7 +91,7 @@ PLUS_SYNTHETIC = {
     "backbone_weights": str(WEIGHTS / "vit-small-rgb-4800.pth"),
     "patch_dropout": (0.0, 0.5),  # with as many more epochs as that makes a step cheaper
     "epochs": (1, 2),
-    "epoch_steps": (60, 0),  # frozen only while the new parts warm up, as on real data
+    "epoch_steps": (60, 0),  # frozen for 60 steps; briefly, as on real data
 }
 # On real data, as TOP-ReID and DeMo train: their rates, sizes, augmentation, some 8,000 steps. Not
 # run here, where no such data is at hand
@@ -929,6 +929,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.set_defaults(modality_losses=0.0)
     if given.fusion == "hamnet":
         parser.set_defaults(**{**HAMNET, **HAMNET_OF.get(given.dataset, {})})
+    if given.epochs:  # of all triplets, unless --epoch-steps says otherwise
+        parser.set_defaults(epoch_steps=(0, 0))
     args = parser.parse_args(argv)
     if args.recipe == "plus" and not given.epochs:
         # a step on fewer patches costs that much less
@@ -969,7 +971,7 @@ def check_combinations(args: argparse.Namespace) -> None:
             ("--data-token", args.data_token),
         ):
             if given:
-                raise UserError(f"{option}: of --fusion graft; --fusion {args.fusion} has none")
+                raise UserError(f"{option}: for --fusion graft; --fusion {args.fusion} has none")
     # The hardest pair of a batch is found by the labels of all its samples
     if args.triplet == "hardest" and args.cross_entropy != "all":
         raise UserError("--triplet hardest needs the labels of all samples: --cross-entropy all")
@@ -1044,8 +1046,8 @@ def add_model_options(group) -> None:
     option("--no-distilled", False, bool, "deit-b or small without the distillation token")
     text = "or a baseline, all else equal; hamnet: a CNN with a recipe and losses of its own"
     option("--fusion", "graft", FUSIONS, text)
-    option("--fusion-tokens", 1, whole(1, 1000), "paper, 5.2")
-    option("--data-token", 0, whole(0), "index of the data token D, Eq. (11)")
+    option("--fusion-tokens", 1, whole(1, 1000), "of --fusion graft; paper, 5.2")
+    option("--data-token", 0, whole(0), "index of --fusion graft's data token D, Eq. (11)")
     text = "heads of a modality encoder; published code (default: 8)"
     option("--encoder-heads", None, whole(1, 1000), text)
     text = "its feed-forward width; torch's default (default: 2048, narrow backbones: less)"
@@ -1056,7 +1058,7 @@ def add_model_options(group) -> None:
     text = "test what leaves the BNNeck; the paper: what enters it"
     keep_or_not = argparse.BooleanOptionalAction
     group.add_argument("--bnneck-features", action=keep_or_not, default=False, help=text)
-    text = "drop each modality for a step with this probability, for robustness to missing sensors"
+    text = "drop each modality for a step with this probability"
     option("--modality-dropout", 0.0, real(0, 1), text)
     option("--patch-dropout", (0.0, 0.0), real(0, 0.95), "share of patches that a step leaves out")
 

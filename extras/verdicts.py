@@ -153,7 +153,7 @@ BY_CONSTRUCTION = (
 def judge(claim: Claim, first: list[float], second: list[float], paired: bool = False) -> tuple:
     """The verdict on figures in percent, their difference with its standard error, the test's p.
 
-    ("-", None, None) where a side has fewer than two runs.
+    ("-", None, None) where a side has fewer than two runs, or looks at one model are not in pairs.
     """
     stats = need_scipy()
     if min(len(first), len(second)) < 2 or (paired and len(first) != len(second)):
@@ -191,8 +191,9 @@ def lines(common: list[str], args: argparse.Namespace) -> list[list[str]]:
         for side in (claim.first, claim.second):
             runs = [ablate.figures(side, seed, common, args) for seed in range(args.seeds)]
             sides.append([100 * metrics[claim.metric] for metrics in runs if metrics])
+        complete = [side if len(side) == args.seeds else [] for side in sides]
         models = {ablate.folder(side, common, args) for side in (claim.first, claim.second)}
-        verdict, difference, p = judge(claim, *sides, paired=len(models) == 1)
+        verdict, difference, p = judge(claim, *complete, paired=len(models) == 1)
         effect, chance = "-", "-"
         if difference:
             effect = "{:+.1f} ± {:.1f}".format(*difference)

@@ -49,7 +49,10 @@ def test_recipe_plus_can_be_taken_apart(tiny_data, tmp_path):
         False,
     )
     assert [(stage.schedule, stage.label_smoothing) for stage in args.stages] == [("sqrt", 0.1)] * 2
-    assert [stage.epochs for stage in args.stages] == [1, 4] and args.stages[1].patch_dropout == 0.5
+    assert [(stage.epochs, stage.epoch_steps) for stage in args.stages] == [(1, 60), (4, 0)]
+    assert args.stages[1].patch_dropout == 0.5
+    stages = train.parse(["--recipe", "plus", "--epochs", "2", "4"]).stages
+    assert [(stage.epochs, stage.epoch_steps) for stage in stages] == [(2, 0), (4, 0)]
     assert train.parse(["--recipe", "plus", "--patch-dropout", "0", "0"]).stages[1].epochs == 2
     with pytest.raises(
         train.UserError, match=r"--patch-dropout: expected a number from 0 to 0\.95"
