@@ -147,7 +147,7 @@ def test_one_model_on_every_subset_by_two_processes(tiny_data, tmp_path):
         *QUICK,
     ]
     lines = table(*arguments, launch=partial(torchrun, 2, "ablate.py"))
-    assert len(lines) == 2 + 21 and len(list(tmp_path.glob("*/0/metrics-*.json"))) == 21
+    assert len(lines) == 2 + 28 and len(list(tmp_path.glob("*/0/metrics-*.json"))) == 28
     for folder in tmp_path.glob("*/0"):
         assert (folder / "metrics-modalities-rgb,nir,tir.json").read_text() == (
             folder / "metrics.json"
