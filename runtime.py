@@ -214,6 +214,12 @@ def start(device: str = "auto", deterministic: bool = False) -> torch.device:
                 "--device cuda: torch finds no CUDA device here;"
                 " use --device cpu, or install a CUDA build of torch"
             )
+        wanted, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if wanted > count:  # all ranks see it alike, before they wait for one another
+            raise UserError(
+                f"torchrun: {wanted} processes on this machine, but {count} CUDA device(s);"
+                f" use --nproc_per_node={count}, or --device cpu"
+            )
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
