@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import re
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev, variance
@@ -406,11 +407,12 @@ def figures(row: Row, seed: int, common: list[str], args: argparse.Namespace) ->
     words = command(row, common, seed, args)
     runtime.print0(f"\n{row.label}: {shown(row, words)}")
     metrics = run(row, words)
+    metrics = {name: metrics[name] for name in (*FIGURES, "params")}
+    metrics["machine"] = runtime.machine(runtime.start(parsed(tuple(words)).device))
     if runtime.rank() == 0:
         runtime.make_folder(path.parent, "--keep")
         looks = read_figures(path, made_by)  # another process may have added some
-        kept = {name: metrics[name] for name in (*FIGURES, "params")}
-        looks.setdefault(look, {})[str(seed)] = kept
+        looks.setdefault(look, {})[str(seed)] = metrics
         runtime.write_json(path, {"settings": made_by, "looks": looks})
     return metrics
 
@@ -450,7 +452,8 @@ def read_figures(path: Path, made_by: dict) -> dict[str, dict[str, dict]]:
         content = json.loads(path.read_text())
         looks, settings = content["looks"], dict(content["settings"])
         for seeds in looks.values():
-            assert all(metrics.keys() >= {*FIGURES, "params"} for metrics in seeds.values())
+            expected = {*FIGURES, "params", "machine"}
+            assert all(metrics.keys() >= expected for metrics in seeds.values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
         raise UserError(
             f"{path}: not a file of ablate.py's figures ({error!r}); name the folder of --keep"
@@ -566,9 +569,13 @@ def measure(key: str, common: list[str], args: argparse.Namespace) -> list[tuple
 
 
 def text_of(table: Table, measured: list[tuple[Row, list[dict]]]) -> str:
-    """A table in Markdown, under its title."""
+    """A table in Markdown, under its title; rows name the machine where most have another."""
     head = ["", "parameters", *(f"{name} %" for name in FIGURES)]
     lines = [cells(row, results) for row, results in measured]
+    places = [" and ".join(sorted({m["machine"] for m in results})) for _, results in measured]
+    (most, _), *_ = Counter(filter(None, places)).most_common(1) or [("", 0)]
+    for line, place in zip(lines, places, strict=True):
+        line[0] += f" (on {place})" if place not in ("", most) else ""
     if table.differences:
         head.append("mAP against the first row or the one named, ± standard error")
         by_label = {row.label: results for row, results in measured}
@@ -578,7 +585,7 @@ def text_of(table: Table, measured: list[tuple[Row, list[dict]]]) -> str:
         head.append("paper: parameters: mAP / R1 / R5 / R10")
     counts = sorted({len(results) for _, results in measured if results}) or [0]
     count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    title = f"{table.title}; {count} seeds, mean ± standard deviation"
+    title = f"{table.title}; {count} seeds, mean ± standard deviation; {most}"
     if counts == [0]:
         title = f"{table.title}; not run yet"
     return f"{title}\n\n{runtime.markdown([head, *lines])}"

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -226,6 +227,15 @@ def start(device: str = "auto", deterministic: bool = False) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         _join_ranks(torch.device(device))
     return torch.device(device)
+
+
+def machine(device: torch.device) -> str:
+    """The name of the GPU or CPU that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _join_ranks(device: torch.device) -> None:

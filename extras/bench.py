@@ -13,8 +13,6 @@ import os
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # before NumPy is loaded, as in evaluate.py
 
 import argparse
-import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -409,16 +407,6 @@ def matrix_rate(precision: str, device: torch.device) -> float:
     return 2 * M * K * N / min(spent[1:])
 
 
-def machine(device: torch.device) -> str:
-    """CPU and number of cores, and the GPU if that is what computes."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.findall(r"model name\s*: (.*)", text)
-    cpu = found[0] if found else platform.processor() or platform.machine()
-    cpu += f", {os.cpu_count()} cores"
-    return f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu
-
-
 # --- the GPU's rows
 
 
@@ -508,7 +496,8 @@ def main() -> None:
     if args.gpu and device.type != "cuda":
         raise UserError(f"--gpu: the device is {device}; expected a CUDA GPU")
     rates = {precision: matrix_rate(precision, device) for precision in ("bf16", "fp32")}
-    report = {"machine": machine(device), "torch": torch.__version__}
+    cores = f"{runtime.machine(device)}, {os.cpu_count()} cores"
+    report = {"machine": cores, "torch": torch.__version__}
     report |= {"threads": torch.get_num_threads(), "rates": rates, "rows": []}
     print(f"{report['machine']}; {report['threads']} threads; torch {torch.__version__}")
     shown = "  ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
