@@ -4,8 +4,9 @@ python -m extras.results results/ RESULTS.md
 
 A line `<!-- 8 -->` begins a block, `<!-- end -->` ends it; between them comes Table 8 of ablate.py,
 from DIR's files. Options for all rows may follow its name (`<!-- 8 --data-root second -->`). Other
-blocks: verdicts (extras.verdicts); ffd, speed and pairs (DIR/ffd.json of extras.ffd, DIR/bench.json
-of extras.bench, DIR/pairs.json of evaluate.py --all-pairs); `runs NAME` and `rows NAME`
+blocks: verdicts (extras.verdicts); ffd, speed, gpu and pairs (DIR/ffd.json of extras.ffd,
+DIR/bench.json and bench-gpu.json of extras.bench, DIR/pairs.json of evaluate.py --all-pairs);
+`machines OTHER` (the models that DIR and DIR/OTHER both have); `runs NAME` and `rows NAME`
 (DIR/NAME.json: label -> figures of its runs, and a list of rows as they are).
 """
 
@@ -13,6 +14,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from statistics import mean
 
 import ablate
 import evaluate
@@ -29,6 +31,28 @@ def speed(path: Path) -> str:
         times = [f"{row[name]:.3f} s" for name in ("ours", "theirs")]
         rows.append([row["what"], *times, f"{row['ratio']:.2f}", row["peer"]])
     return runtime.markdown(rows)
+
+
+def gpu(path: Path) -> str:
+    rows = json.loads(path.read_text())["rows"]
+    return runtime.markdown(
+        [
+            ["what", "measured"],
+            *([row["what"], f"{row['value']:.3g} {row['unit']}"] for row in rows),
+        ]
+    )
+
+
+def machines(folder: Path, other: str) -> str:
+    """mAP of the models that both folders have, and the difference with its standard error."""
+    lines = []
+    for path in sorted((folder / other).glob("*.json")):
+        both = [json.loads(file.read_text())["looks"][""] for file in (path, folder / path.name)]
+        first, second = ([100 * run["mAP"] for run in seeds.values()] for seeds in both)
+        effect = f"{mean(second) - mean(first):+.1f} ± {ablate.standard_error(first, second):.1f}"
+        lines.append([path.stem, verdicts.spread(first), verdicts.spread(second), effect])
+    names = [next(iter(seeds.values()))["machine"] for seeds in both]
+    return runtime.markdown([["model", *names, "difference ± error"], *lines])
 
 
 def runs(path: Path) -> str:
@@ -49,6 +73,7 @@ def rows(path: Path) -> str:
 OTHERS = {  # block -> its file, and what makes a table of it
     "ffd": ("ffd", lambda path: ffd.table(ffd.read(path))),
     "speed": ("bench", speed),
+    "gpu": ("bench-gpu", gpu),
     "pairs": ("pairs", lambda path: evaluate.pairs_table(json.loads(path.read_text()))),
     "runs": ("", runs),
     "rows": ("", rows),
@@ -61,6 +86,8 @@ def block(block_name: str, folder: Path, seeds: int) -> str:
     args = argparse.Namespace(from_=folder, keep=None, out=folder, weights={}, seed=0, seeds=seeds)
     if key == "verdicts":
         return runtime.markdown(verdicts.lines(common, args))
+    if key == "machines":
+        return machines(folder, *common)
     if key in OTHERS:
         name, table_of = OTHERS[key]
         path = folder / f"{name or ' '.join(common)}.json"
@@ -71,12 +98,13 @@ def block(block_name: str, folder: Path, seeds: int) -> str:
                 f"<!-- {block_name} -->: {path} holds no such table ({error!r})"
             ) from None
     if key not in ablate.TABLES:
-        expected = ", ".join([*ablate.TABLES, "verdicts", *OTHERS])
+        expected = ", ".join([*ablate.TABLES, "verdicts", "machines", *OTHERS])
         raise UserError(f"<!-- {key} -->: no such table; expected one of {expected}")
-    title, table = ablate.text_of(ablate.TABLES[key], ablate.measure(key, common, args)).split(
-        "\n\n"
-    )
-    return f"**{title}**\n\n{table}"
+    measured = ablate.measure(key, common, args)
+    if common:  # another draw of the data, say, on which not all rows were run
+        measured = [(row, found) for row, found in measured if found]
+    title, *rest = ablate.text_of(ablate.TABLES[key], measured).split("\n\n")
+    return "\n\n".join([f"**{title}**", *rest])
 
 
 def filled(document: str, folder: Path, seeds: int = 3) -> str:
