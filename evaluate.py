@@ -315,6 +315,7 @@ def figures(model: MultiModalModel, ranking: Ranking) -> dict:
         "num_gallery": len(ranking.gallery),
         "num_valid": metrics.num_valid,
         "params": model.num_parameters(),
+        "machine": runtime.machine(next(model.parameters()).device),
     }
 
 

@@ -226,7 +226,7 @@ def add_row(run: train.Run, label: str, half: bool, pruning: Pruning) -> None:
         "params": model.num_parameters(nonzero=True),
         "kept": kept(model) / prunable(model),
         "bytes": file.stat().st_size,
-        **{name: metrics[name] for name in ("mAP", "R1", "R5", "R10")},
+        **{name: metrics[name] for name in ("mAP", "R1", "R5", "R10", "machine")},
         "samples_per_second": round(speed(embedder), 1),
         "sparsity": sparsity(model),
     }

@@ -2,7 +2,7 @@
 
 python -m extras.bench                          some minutes; --json FILE keeps the figures
 python -m extras.bench --rows step,rank         some of the rows
-python -m extras.bench --gpu                    the GPU's rows, under 8 minutes
+python -m extras.bench --gpu                    the GPU's rows, a minute on an H100
 
 A ratio is the peer's median time by ours: bare times say little on a shared machine. A row whose
 two sides give different figures ends the program, as they would not have done the same work.
@@ -435,7 +435,7 @@ def gpu_figures(device: torch.device, triplets: int = 26) -> Iterator[tuple[str,
         theirs = median(seconds_of(peer, device)[0] for _ in range(5))
         name = f"the published way in fp32, TF32 {'on' if allowed else 'off'}"
         yield name, theirs / step, "times our time"
-    del ours, peer, published, optimizer
+    del model, ours, peer, published, optimizer
     torch.cuda.empty_cache()
     yield "largest --per-pass in 48 GB, --checkpointing", largest_pass(device), "triplets"
 
@@ -482,7 +482,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     text = f"some of {', '.join(ROWS)} (default: all)"
     add("--rows", metavar="NAMES", type=runtime.names, default=tuple(ROWS), help=text)
-    add("--gpu", action="store_true", help="the GPU's rows alone")
+    add("--gpu", action="store_true", help="the GPU's rows alone; --rows, --turns do not apply")
     add("--turns", type=runtime.whole(1), default=5, help="of each side, at least")
     add("--json", type=Path, metavar="FILE", help="write the figures, anew after each row")
     add("--seed", type=runtime.whole(0), default=0, help="of weights and inputs")
@@ -500,6 +500,8 @@ def main() -> None:
     if args.gpu and device.type != "cuda":
         raise UserError(f"--gpu: the device is {device}; expected a CUDA GPU")
     rates = {precision: matrix_rate(precision, device) for precision in ("bf16", "fp32")}
+    if device.type == "cuda":
+        rates["tf32"] = rates.pop("fp32")  # which is what runtime.start has torch take
     cores = f"{runtime.machine(device)}, {os.cpu_count()} cores"
     report = {"machine": cores, "torch": torch.__version__}
     report |= {"threads": torch.get_num_threads(), "rates": rates, "rows": []}
@@ -513,6 +515,7 @@ def main() -> None:
             runtime.write_json(args.json, report)
 
     if args.gpu:
+        torch.manual_seed(args.seed)
         for what, value, unit in gpu_figures(device):
             print(f"{what:<52}{value:>10.3f} {unit}", flush=True)
             keep(what=what, value=value, unit=unit)

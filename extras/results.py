@@ -14,7 +14,6 @@ import argparse
 import json
 import re
 from pathlib import Path
-from statistics import mean
 
 import ablate
 import evaluate
@@ -45,14 +44,19 @@ def gpu(path: Path) -> str:
 
 def machines(folder: Path, other: str) -> str:
     """mAP of the models that both folders have, and the difference with its standard error."""
-    lines = []
+    lines, names = [], ["", ""]
     for path in sorted((folder / other).glob("*.json")):
-        both = [json.loads(file.read_text())["looks"][""] for file in (path, folder / path.name)]
-        first, second = ([100 * run["mAP"] for run in seeds.values()] for seeds in both)
-        effect = f"{mean(second) - mean(first):+.1f} ± {ablate.standard_error(first, second):.1f}"
-        lines.append([path.stem, verdicts.spread(first), verdicts.spread(second), effect])
-    names = [next(iter(seeds.values()))["machine"] for seeds in both]
-    return runtime.markdown([["model", *names, "difference ± error"], *lines])
+        if not (folder / path.name).exists():
+            continue
+        both = [json.loads(file.read_text()) for file in (path, folder / path.name)]
+        if both[0]["settings"] != both[1]["settings"]:
+            raise ValueError(f"{path} and {folder / path.name} are of other settings")
+        first, second = (list(content["looks"][""].values()) for content in both)
+        names = [runs[0]["machine"] for runs in (first, second)]
+        means = [verdicts.spread([100 * run["mAP"] for run in runs]) for runs in (first, second)]
+        counts = f"{len(first)}, {len(second)}"
+        lines.append([path.stem, counts, *means, ablate.against(second, first)])
+    return runtime.markdown([["model", "runs", *names, "difference ± error"], *lines])
 
 
 def runs(path: Path) -> str:
@@ -75,6 +79,7 @@ OTHERS = {  # block -> its file, and what makes a table of it
     "speed": ("bench", speed),
     "gpu": ("bench-gpu", gpu),
     "pairs": ("pairs", lambda path: evaluate.pairs_table(json.loads(path.read_text()))),
+    "machines": ("", machines),
     "runs": ("", runs),
     "rows": ("", rows),
 }
@@ -86,19 +91,17 @@ def block(block_name: str, folder: Path, seeds: int) -> str:
     args = argparse.Namespace(from_=folder, keep=None, out=folder, weights={}, seed=0, seeds=seeds)
     if key == "verdicts":
         return runtime.markdown(verdicts.lines(common, args))
-    if key == "machines":
-        return machines(folder, *common)
     if key in OTHERS:
         name, table_of = OTHERS[key]
         path = folder / f"{name or ' '.join(common)}.json"
         try:
-            return table_of(path)
+            return machines(folder, *common) if key == "machines" else table_of(path)
         except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
             raise UserError(
                 f"<!-- {block_name} -->: {path} holds no such table ({error!r})"
             ) from None
     if key not in ablate.TABLES:
-        expected = ", ".join([*ablate.TABLES, "verdicts", "machines", *OTHERS])
+        expected = ", ".join([*ablate.TABLES, "verdicts", *OTHERS])
         raise UserError(f"<!-- {key} -->: no such table; expected one of {expected}")
     measured = ablate.measure(key, common, args)
     if common:  # another draw of the data, say, on which not all rows were run

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, and fork
-if not os.environ.get("GPU"):
+if os.environ.get("GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # see test_gpu.py
 ROOT = Path(__file__).parent.parent
 

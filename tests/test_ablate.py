@@ -134,6 +134,26 @@ def test_differences_to_the_first_row_with_their_standard_error():
     assert ablate.against(base, base) == ablate.against(ours[:1], base) == "-"
 
 
+def test_a_table_names_its_machine_and_the_rows_of_another():
+    def runs(machine: str, *values: float) -> list[dict]:
+        return [
+            {**dict.fromkeys(ablate.FIGURES, mAP), "params": 1e6, "machine": machine}
+            for mAP in values
+        ]
+
+    table = ablate.Table("Index", (), deviation=0.07)
+    measured = [
+        (ablate.Row("0", ""), runs("a GPU", 0.1, 0.2)),
+        (ablate.Row("5", ""), runs("a GPU", 0.60, 0.60)),
+        (ablate.Row("10", ""), runs("a CPU", 0.62, 0.60)),
+    ]
+    text = ablate.text_of(table, measured)
+    assert text.startswith("Index; 2 seeds, mean ± standard deviation; a GPU\n")
+    assert "| 10 (on a CPU) |" in text and "| 5 |" in text
+    # Of 60 and 62 it is 1.414, of 60 and 60 nothing
+    assert text.endswith("mean of the seeds: 0.71 points (the paper: 0.07)")
+
+
 def test_one_model_on_every_subset_by_two_processes(tiny_data, tmp_path):
     arguments = [
         "--table",

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU shows: GPU=1 python -m pytest tests/test_gpu.py -n 0
+"""What only a CUDA GPU shows: GPU=1 python -m pytest tests/test_gpu.py -n 8 --dist load
 
 The other tests hide the GPUs: they fork, which CUDA does not survive, and start more ranks than a
 machine may have GPUs.
@@ -23,7 +23,7 @@ from baselines import FUSIONS
 from model import GraFTConfig, build_model
 
 pytestmark = pytest.mark.skipif(
-    not (os.environ.get("GPU") and torch.cuda.is_available()), reason="needs a GPU, and GPU=1"
+    not (os.environ.get("GPU") == "1" and torch.cuda.is_available()), reason="needs a GPU, GPU=1"
 )
 MODALITIES = ("rgb", "nir", "tir")
 HALF = dict.fromkeys(MODALITIES, (0.5, 0.5, 0.5))
@@ -88,11 +88,14 @@ def test_training_goes_as_on_the_cpu(tiny_data, tmp_path):
 def test_stopped_and_resumed_it_ends_as_if_nothing_had_been(tiny_data, whole, tmp_path, precision):
     words = arguments(tiny_data, tmp_path, "--precision", precision, "--checkpoint-every", 3)
     child = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT)
-    while not (tmp_path / "last.pt").exists():
-        assert child.poll() is None
-        time.sleep(0.005)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 143
+    try:
+        while not (tmp_path / "last.pt").exists():
+            assert child.poll() is None
+            time.sleep(0.005)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 143
+    finally:
+        child.kill()
     done = run("train.py", *words, "--resume")
     assert done.returncode == 0, done.stderr
     assert not faults.different(faults.outcome(whole[precision]), faults.outcome(tmp_path))

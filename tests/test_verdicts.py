@@ -34,11 +34,18 @@ def test_a_difference_counts_from_278_standard_errors_on(seed):
     assert verdicts.judge(AHEAD, second[:1], second) == ("-", None, None)
 
 
+def test_welchs_test_is_heard_where_the_spreads_differ():
+    narrow, wide = [66.0, 65.9, 66.1], [58.0, 53.4, 62.6]
+    verdict, _, p = verdicts.judge(AHEAD, narrow, wide)
+    assert verdict == "holds (by Welch's test: does not show)" and p < 0.05
+
+
 def test_as_good_needs_the_whole_interval_within_two_points():
     close, far = [60.0, 60.1, 60.2], [50.0, 50.1, 50.2]
     noisy = [58.0, 60.1, 62.2]  # of the same mean: no evidence that it is as good
     for first, verdict in ((close, "holds"), (noisy, "does not show"), (far, "does not hold")):
-        assert verdicts.judge(SAME, first, close)[0] == verdict
+        found, _, p = verdicts.judge(SAME, first, close)
+        assert found == verdict and (p < 0.025) == (verdict == "holds")
 
 
 def test_pairs_of_one_model_and_claims_of_ten_points():
@@ -73,6 +80,13 @@ def test_verdicts_of_kept_figures(tmp_path):
     assert "a new CLS token | Table 5 | - | 65.0 ± 1.0, 65.0 | - | - |" in done.stdout
     done = call(verdicts, tmp_path / "nowhere")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr
+    # Of another draw only what was judged, and a sentence that goes on begins anew
+    keep("data-root-second", 0.65, 0.66, 0.64)
+    keep("data-root-second-frozen-yes-yes", 0.45, 0.46, 0.44)
+    done = call(verdicts, tmp_path, "--data-root", "second")
+    (line,) = done.stdout.splitlines()[2:]
+    text = "frozen, then unfrozen is ahead of unfrozen ... and of frozen throughout"
+    assert line.startswith(f"| {text} | 4.1 | holds |")
 
 
 def test_every_claim_is_of_rows_that_the_tables_train():
@@ -118,6 +132,18 @@ def test_blocks_of_a_document_are_filled_and_filled_again(tmp_path):
     assert "old" not in text and "| plus | 75 |" in text and text.startswith("a\n")
     # the standard deviation of 50 and 60 is 7.07
     assert "| two ranks | 2 | 55.0 ± 7.1 | 100.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 |" in text
+    for folder, mAP, machine in ((tmp_path, 0.6, "a GPU"), (tmp_path / "cpu", 0.5, "a CPU")):
+        folder.mkdir(exist_ok=True)
+        run = {**dict.fromkeys(ablate.FIGURES, mAP), "params": 1, "machine": machine}
+        content = {"settings": {}, "looks": {"": {"0": run, "1": run}}}
+        (folder / "default.json").write_text(json.dumps(content))
+    (tmp_path / "cpu" / "other.json").write_text("{}")  # the other machine's alone
+    file.write_text("<!-- machines cpu -->\n<!-- end -->")
+    assert call(results, tmp_path, file).returncode == 0
+    assert "| default | 2, 2 | 50.0 ± 0.0 | 60.0 ± 0.0 | +10.0 ± 0.0 |" in file.read_text()
+    (tmp_path / "default.json").write_text('{"settings": {"seed": 1}, "looks": {}}')
+    done = call(results, tmp_path, file)
+    assert done.returncode == 2 and "are of other settings" in done.stderr
     file.write_text("<!-- 99 -->\n<!-- end -->")
     done = call(results, tmp_path, file)
     assert done.returncode == 2 and "<!-- 99 -->: no such table; expected" in done.stderr
