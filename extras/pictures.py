@@ -319,20 +319,25 @@ def need_matplotlib() -> None:
 def chart(panels: list[dict], path: str | Path) -> None:
     """Panels side by side: `lines` {label: (x, y)}, and what else Axes.set takes.
 
-    `bands` {label: (x, low, high)} are filled, in the lines' colours; a label as _name stays out of
-    the legend. `marks` {label: x} are vertical.
+    A label has one colour in all panels. `bands` {label: (x, low, high)} are filled, in the colour
+    of the line of that name, else the first; a label as _name stays out of the legend. `marks`
+    {label: x} are vertical.
     """
     need_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(panels), 3.8), layout="constrained")
+    colours: dict[str, str] = {}
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         lines = panel.pop("lines")
         marks, bands = panel.pop("marks", {}), panel.pop("bands", {})
         for label, (x, y) in lines.items():
-            axes.plot(x, y, marker="o" if len(x) < 30 else None, markersize=4, label=label)
+            colour = colours.setdefault(label, f"C{len(colours)}")
+            marker = "o" if len(x) < 30 else None
+            axes.plot(x, y, color=colour, marker=marker, markersize=4, label=label)
         for label, (x, low, high) in bands.items():
-            axes.fill_between(x, low, high, alpha=0.25, linewidth=0, label=label)
+            colour = colours.get(label.removeprefix("_"), "C0")
+            axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, label=label)
         for label, x in marks.items():
             axes.axvline(x, color="grey", linestyle=":", linewidth=1)
             axes.annotate(
