@@ -29,7 +29,6 @@ from runtime import UserError, whole
 
 SHORT = "--epochs 1 1 --epoch-steps 50 18"  # ours: a smoke test, at most 40 s a run on two cores
 FIGURES = ("mAP", "R1", "R5", "R10")
-KEPT = (*FIGURES, "params", "machine")
 
 
 class Row(NamedTuple):
@@ -409,13 +408,14 @@ def figures(row: Row, seed: int, common: list[str], args: argparse.Namespace) ->
     words = command(row, common, seed, args)
     runtime.print0(f"\n{row.label}: {shown(row, words)}")
     metrics = run(row, words)
-    metrics = {name: metrics[name] for name in KEPT}
+    kept = {name: metrics[name] for name in (*FIGURES, "params")}
+    kept["machine"] = metrics.get("machine", "")  # a run of an older version does not say it
     if runtime.rank() == 0:
         runtime.make_folder(path.parent, "--keep")
         looks = read_figures(path, made_by)  # another process may have added some
-        looks.setdefault(look, {})[str(seed)] = metrics
+        looks.setdefault(look, {})[str(seed)] = kept
         runtime.write_json(path, {"settings": made_by, "looks": looks})
-    return metrics
+    return kept
 
 
 # What of train.py's settings makes no other model, or is no setting of a row
@@ -453,7 +453,7 @@ def read_figures(path: Path, made_by: dict) -> dict[str, dict[str, dict]]:
         content = json.loads(path.read_text())
         looks, settings = content["looks"], dict(content["settings"])
         for seeds in looks.values():
-            assert all(metrics.keys() >= set(KEPT) for metrics in seeds.values())
+            assert all(metrics.keys() >= {*FIGURES, "params"} for metrics in seeds.values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
         raise UserError(
             f"{path}: not a file of ablate.py's figures ({error!r}); name the folder of --keep"
@@ -572,7 +572,9 @@ def text_of(table: Table, measured: list[tuple[Row, list[dict]]]) -> str:
     """A table in Markdown; its title names the machine, and a row where it ran on another."""
     head = ["", "parameters", *(f"{name} %" for name in FIGURES)]
     lines = [cells(row, results) for row, results in measured]
-    places = [" and ".join(sorted({m["machine"] for m in results})) for _, results in measured]
+    places = [
+        " and ".join(sorted({m.get("machine", "") for m in results})) for _, results in measured
+    ]
     (most, _), *_ = Counter(filter(None, places)).most_common(1) or [("", 0)]
     for line, place in zip(lines, places, strict=True):
         line[0] += f" (on {place})" if place not in ("", most) else ""

@@ -62,7 +62,7 @@ def test_pairs_of_one_model_and_claims_of_ten_points():
 def test_verdicts_of_kept_figures(tmp_path):
     def keep(name: str, *values: float) -> None:
         seeds = {
-            str(seed): {**dict.fromkeys(ablate.FIGURES, mAP), "params": 1, "machine": ""}
+            str(seed): {**dict.fromkeys(ablate.FIGURES, mAP), "params": 1}
             for seed, mAP in enumerate(values)
         }
         content = {"settings": {}, "looks": {"": seeds}}
