@@ -413,7 +413,7 @@ def matrix_rate(precision: str, device: torch.device) -> float:
 def gpu_figures(device: torch.device, triplets: int = 26) -> Iterator[tuple[str, float, str]]:
     """A pass of the paper's recipe: share of the matrix rate, the published way, the largest."""
     rate, hours = matrix_rate("bf16", device), 0.0
-    for stage, steps in zip(PAPER.stages, (13_320, 19_980), strict=True):
+    for stage, steps in zip(PAPER.stages, (13_320, 19_980), strict=True):  # of RGBNT100
         model = GraFT(GraFTConfig())
         ours = our_step(model, stage, triplets, device, "bf16")
         with FlopCounterMode(display=False) as counter:

@@ -3,11 +3,12 @@
 python -m extras.results results/ RESULTS.md
 
 A line `<!-- 8 -->` begins a block, `<!-- end -->` ends it; between them comes Table 8 of ablate.py,
-from DIR's files. Options for all rows may follow its name (`<!-- 8 --data-root second -->`). Other
-blocks: verdicts (extras.verdicts); ffd, speed, gpu and pairs (DIR/ffd.json of extras.ffd,
-DIR/bench.json and bench-gpu.json of extras.bench, DIR/pairs.json of evaluate.py --all-pairs);
-`machines OTHER` (the models that DIR and DIR/OTHER both have); `runs NAME` and `rows NAME`
-(DIR/NAME.json: label -> figures of its runs, and a list of rows as they are).
+from DIR's files. Options for all rows may follow its name (`<!-- 8 --data-root second -->`): rows
+and claims without runs are left out then. Other blocks: verdicts (extras.verdicts); ffd, speed, gpu
+and pairs (DIR/ffd.json of extras.ffd, DIR/bench.json and bench-gpu.json of extras.bench,
+DIR/pairs.json of evaluate.py --all-pairs); `machines OTHER` (the models that DIR and DIR/OTHER both
+have); `runs NAME` and `rows NAME` (DIR/NAME.json: label -> figures of its runs, and a list of rows
+as they are).
 """
 
 import argparse
