@@ -1,27 +1,27 @@
-"""Data sets of multi-modal ReID: what is known of each, how files are found and read, triplets.
-
-python data.py --check --dataset rgbnt100 --data-root DIR     read all of it, list what is wrong
-    --contact-sheet sheet.jpg                                 and show some of it
+"""Data sets of multi-modal ReID (section 5.1): finding and reading files, triplets, augmentation.
 
 Shapes: B samples, H height, W width, T triplets of a step. Images are uint8 RGB, (3, H, W); a
-sample maps modality to image.
+sample maps modality to image, in the data set's order of modalities.
 """
 
-import argparse
+import csv
 import hashlib
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
+from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,134 +36,95 @@ import runtime
 from runtime import UserError
 
 SPLITS = ("train", "query", "gallery")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
-MAX_PIXELS = 2**26  # of an image: more is refused before it is decoded
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 2**26  # of an image: a larger one is refused before it is decoded
 STORE_GB = 20.0  # RGBN300 at 224x224, the largest of the paper's, takes 16.6
-ROOT = Path(__file__).parent
-
-Ranges = dict[str, tuple[float, float]]  # modality -> the raw values that become 0 and 255
+STORE_VERSION = 2  # of what reading gives: a part of the names of the store's files
+PATIENCE = 2  # seconds to wait for a file before looking whether a signal has come
+# Left in folders by file managers, network drives and notebooks: passed over without a word
+HIDDEN = re.compile(
+    r"\..*|__MACOSX|@eaDir|@__thumb|@Recycle|#recycle|#snapshot|\$RECYCLE\.BIN|lost\+found"
+    r"|Thumbs\.db|desktop\.ini",
+    re.IGNORECASE,
+)
+BESIDE = "no part of the data set"
 
 # --- what is known of each data set
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where files lie: {split} and {modality} stand for the folders named here, * for any.
+class Facts:
+    """What is known of a data set.
 
-    Without {modality} a file is a mosaic: the tiles of all modalities side by side, each twice as
-    wide as high; or, in a data set of one modality, that one's whole image.
+    `layouts`: an example -> one regular expression for the path of a file without its suffix.
+    Groups: `train`, `query`, `gallery` or `test` (query and gallery); the modality by its name, or
+    `modality` where folders name it; `pid`; `key` (camera or scene); `folder` and `name`, together
+    the sample's name. Without a modality a file is a mosaic: tiles of all, twice as wide as high.
     """
 
-    pattern: str
-    splits: tuple[str, str, str]  # folders of train, query, gallery
-    modalities: tuple[str, ...] = ()  # folders, in the data set's order; none: as found
-    query_names: str = ""  # folder whose file names say which samples of the query folder to take
-    whole: bool = False  # one modality, in files of its own without a folder for it
-
-    @property
-    def mosaic(self) -> bool:
-        return "{modality}" not in self.pattern and not self.whole
-
-    def tree(self) -> str:
-        """The tree in one line, for a message."""
-        splits = ",".join(dict.fromkeys(self.splits))
-        modalities = ",".join(self.modalities)
-        modality = f"{{{modalities}}}" if modalities else "MODALITY"
-        tree = self.pattern.format(split=f"{{{splits}}}", modality=modality)
-        return tree + (f", {self.query_names}/* (names of the queries)" if self.query_names else "")
+    layouts: dict[str, str]
+    modalities: tuple[str, ...] = ()  # (): as found
+    counts: tuple[int, ...] = ()  # samples of train, query, gallery
+    mean_std: dict[str, tuple] = field(default_factory=dict)  # by modality; else ImageNet's
+    first_key: int = 1  # in the files' names; ours start at 0
+    query_names: str = ""  # folder whose files' names say which `test` samples are queries
+    junk: int | None = None  # identity whose files are left out without a word
 
 
-@dataclass(frozen=True)
-class Facts:
-    """A data set's facts; `name` finds identity and key (camera or scene) in a file's path."""
+# fmt: off
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
+_RNT, _MARKET_TREE = ("rgb", "nir", "tir"), "{bounding_box_train,query,bounding_box_test}"
+_MARKET = "((?P<train>bounding_box_train)|(?P<query>query)|(?P<gallery>bounding_box_test))"
+_NAME = r"(?P<name>(?P<pid>-?\d{1,18})_c(?P<key>\d{1,18}).*)"  # 18 digits fit in 64 bits
+_RGBNT100 = {f"rgbir/{_MARKET_TREE}/0501_c0001_000.jpg": f"rgbir/{_MARKET}/{_NAME}"}
+_VIS_NI_TH = "((?P<rgb>vis)|(?P<nir>ni)|(?P<tir>th))"
 
-    layouts: tuple[Layout, ...]
-    modalities: tuple[str, ...] = ()  # none: those found
-    name: str = r"(?:^|/)(?P<pid>-?\d+)_c(?P<key>\d+)[^/]*$"
-    first_key: int = 1  # in the names; ours start at 0
-    junk: tuple[int, ...] = ()  # pids whose files are left out without a word
-    counts: tuple[int, int, int] | None = None  # samples of train, query, gallery
-    mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # else ImageNet's
-    std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-
-
-_MARKET = ("bounding_box_train", "query", "bounding_box_test")
-_RGBNT100 = Layout("rgbir/{split}/*", _MARKET)
-_FOLDERS = ("vis", "ni", "th")
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-DATASETS = {
-    "synthetic": Facts((_RGBNT100,), ("rgb", "nir", "tir")),
-    "rgbnt100": Facts(
-        (
-            _RGBNT100,
-            Layout("reid_set_{modality}/{split}/*", _MARKET, ("R", "N", "T")),
-            Layout(
-                "{split}/{modality}/*/*",
-                ("train", "validate", "validate"),
-                ("R", "N", "T"),
-                query_names="rgbir/query",
-            ),
-        ),
-        ("rgb", "nir", "tir"),
-        counts=(8675, 1715, 8575),
-        mean={  # published code
-            "rgb": (0.276, 0.271, 0.274),
-            "nir": (0.346,) * 3,
-            "tir": (0.761, 0.329, 0.322),
-        },
-        std={  # published code; NIR: see D13
-            "rgb": (0.176, 0.176, 0.168),
-            "nir": (0.168,) * 3,
-            "tir": (0.257, 0.263, 0.216),
-        },
-    ),
-    "rgbn300": Facts(
-        (_RGBNT100,),
-        ("rgb", "nir"),
-        counts=(25200, 4985, 24925),
-        mean={"rgb": (0.299, 0.294, 0.290), "nir": (0.371,) * 3},  # published code
-        std={"rgb": (0.195, 0.195, 0.185), "nir": (0.181,) * 3},
-    ),
-    "rgbnt201": Facts(
-        (Layout("{split}/{modality}/*", ("train_171", "test", "test"), ("RGB", "NI", "TI")),),
-        ("rgb", "nir", "tir"),
-        name=r"(?:^|/)(?P<pid>\d{6})_cam(?P<key>\d)[^/]*$",
-        counts=(3951, 836, 836),
-        mean={  # published code
-            "rgb": (0.272, 0.269, 0.272),
-            "nir": (0.339,) * 3,
-            "tir": (0.759, 0.325, 0.318),
-        },
-        std={"rgb": (0.174, 0.175, 0.167), "nir": (0.168,) * 3, "tir": (0.255, 0.258, 0.213)},
-    ),
-    "msvr310": Facts(
-        (
-            Layout(
-                "{split}/*/{modality}/*",
-                ("bounding_box_train", "query3", "bounding_box_test"),
-                _FOLDERS,
-            ),
-        ),
-        ("rgb", "nir", "tir"),
-        name=r"/(?P<pid>\d{4})_s(?P<key>\d{3})_[^/]*$",  # the key is the scene
-        first_key=0,
-        counts=(1032, 591, 1055),
-    ),
-    "wmveid863": Facts(
-        (Layout("{split}/*/{modality}/*", ("train", "query", "test"), _FOLDERS),),
-        ("rgb", "nir", "tir"),
-        name=r"(?:^|/)(?P<pid>\d+)/v(?P<key>\d)[^/]*$",
-    ),
-    "market1501": Facts(
-        (Layout("{split}/*", _MARKET, whole=True),),
-        ("rgb",),
-        counts=(12936, 3368, 15913),
-        junk=(-1,),  # bad detections; 0000 are distractors, which stay in the gallery
-    ),
-    "folder": Facts((Layout("{split}/{modality}/*", SPLITS),)),
+DATASETS = {  # mean and std: published code; NIR's std of rgbnt100: see D13
+    "synthetic": Facts(_RGBNT100, _RNT),
+    "rgbnt100": Facts(_RGBNT100 | {
+        f"reid_set_{{R,N,T}}/{_MARKET_TREE}/0501_c0001_000.jpg":
+            f"reid_set_((?P<rgb>R)|(?P<nir>N)|(?P<tir>T))/{_MARKET}/{_NAME}",
+        "{train,validate}/{R,N,T}/0501/0501_c0001_000.jpg, queries' names in rgbir/query":
+            "((?P<train>train)|(?P<test>validate))/((?P<rgb>R)|(?P<nir>N)|(?P<tir>T))"
+            f"/(?P<folder>.+)/{_NAME}",
+        }, _RNT, (8675, 1715, 8575), {
+            "rgb": ((0.276, 0.271, 0.274), (0.176, 0.176, 0.168)),
+            "nir": ((0.346,) * 3, (0.168,) * 3),
+            "tir": ((0.761, 0.329, 0.322), (0.257, 0.263, 0.216)),
+        }, query_names="rgbir/query"),
+    "rgbn300": Facts(_RGBNT100, ("rgb", "nir"), (25200, 4985, 24925), {
+        "rgb": ((0.299, 0.294, 0.290), (0.195, 0.195, 0.185)),
+        "nir": ((0.371,) * 3, (0.181,) * 3),
+        }),
+    "rgbnt201": Facts({
+        "{train_171,test}/{RGB,NI,TI}/000258_cam1_0_00.jpg":
+            "((?P<train>train_171)|(?P<test>test))/((?P<rgb>RGB)|(?P<nir>NI)|(?P<tir>TI))"
+            r"/(?P<name>(?P<pid>\d{6})_cam(?P<key>\d).*)",
+        }, _RNT, (3951, 836, 836), {
+            "rgb": ((0.272, 0.269, 0.272), (0.174, 0.175, 0.167)),
+            "nir": ((0.339,) * 3, (0.168,) * 3),
+            "tir": ((0.759, 0.325, 0.318), (0.255, 0.258, 0.213)),
+        }),
+    "msvr310": Facts({  # the key is the scene
+        "{bounding_box_train,query3,bounding_box_test}/0002/{vis,ni,th}/0002_s002_v0_000.jpg":
+            "((?P<train>bounding_box_train)|(?P<query>query3)|(?P<gallery>bounding_box_test))"
+            rf"/(?P<folder>.+)/{_VIS_NI_TH}/(?P<name>(?P<pid>\d{{4}})_s(?P<key>\d{{3}})_.*)",
+        }, _RNT, (1032, 591, 1055), first_key=0),
+    "wmveid863": Facts({
+        "{train,query,test}/0471/{vis,ni,th}/v1_n1_s999_011.jpg":
+            r"((?P<train>train)|(?P<query>query)|(?P<gallery>test))"
+            rf"/(?P<folder>(?P<pid>\d{{1,18}}))/{_VIS_NI_TH}/(?P<name>v(?P<key>\d).*)",
+        }, _RNT),
+    # -1 are bad detections; 0000 are distractors, which stay in the gallery
+    "market1501": Facts({f"{_MARKET_TREE}/0002_c1s1_000451_03.jpg": f"{_MARKET}/(?P<rgb>){_NAME}"},
+                        ("rgb",), (12936, 3368, 15913), junk=-1),
+    "folder": Facts({
+        "{train,query,gallery}/MODALITY/7_c1_a.jpg":
+            f"((?P<train>train)|(?P<query>query)|(?P<gallery>gallery))/(?P<modality>.+)/{_NAME}",
+        }),
+    "csv": Facts({}),  # see read_table
 }
-
+# fmt: on
 
 # --- samples and splits
 
@@ -177,25 +138,21 @@ class Sample:
     key: int  # camera or scene: gallery samples with the query's pid and key are left out
     images: dict[str, tuple[Path, int | None]]
 
+    def only(self, modalities) -> "Sample":
+        """The sample with no others than these modalities, in this order."""
+        return replace(self, images={m: self.images[m] for m in modalities if m in self.images})
+
 
 class Split(torch.utils.data.Dataset):
     """Samples sorted by name. split[i] -> ({modality: uint8 (3, H, W)}, pid, key).
 
     A modality that a sample lacks is absent. H and W are `image_size`, or the file's own without
-    it. `store_gb` bounds what `decoded` may keep on disk, `ranges` scale images of more than 8
-    bits. Raises UserError for an image that cannot be read.
+    it. `store_gb` bounds the store of decoded images. Raises UserError for an unreadable image.
     """
 
-    def __init__(
-        self,
-        samples: list[Sample],
-        modalities: tuple[str, ...],
-        image_size: tuple[int, int] | None = None,
-        store_gb: float = 0.0,
-        ranges: Ranges | None = None,
-    ):
-        self.samples, self.modalities, self.image_size = samples, modalities, image_size
-        self.store_gb, self.ranges = store_gb, ranges or {}
+    def __init__(self, samples: list[Sample], modalities, image_size=None, store_gb: float = 0.0):
+        self.samples, self.modalities = samples, tuple(modalities)
+        self.image_size, self.store_gb = image_size, store_gb
         self.pids = torch.tensor([sample.pid for sample in samples], dtype=torch.int64)
         self.keys = torch.tensor([sample.key for sample in samples], dtype=torch.int64)
 
@@ -203,58 +160,56 @@ class Split(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, i: int) -> tuple[dict[str, Tensor], int, int]:
-        sample = self.samples[i]
-        return self.read(sample), sample.pid, sample.key
+        return self.read(self.samples[i]), self.samples[i].pid, self.samples[i].key
 
     @cached_property
     def decoded(self) -> dict[str, Tensor] | None:
         """Images of all samples, uint8 (N, 3, H, W), from the store; None where it has no room."""
         return open_store(self)
 
+    def open(self) -> None:
+        """Fill the store, or, without room, read each file's head: what is broken shows now.
+
+        All ranks call it together.
+        """
+        own = self.samples[runtime.rank() :: runtime.world_size()]
+        if self.decoded is None:
+            list(in_threads(check_heads, own, "opening"))
+
+    def digest(self) -> str:
+        """The sha256 of which samples there are: names, identities, cameras, modalities."""
+        rows = [f"{s.name} {s.pid} {s.key} {','.join(s.images)}" for s in self.samples]
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
     def read(self, sample: Sample, modalities: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Decode a sample's files, each once, whatever number of tiles is taken from it."""
-        files: dict[tuple, dict[str, int | None]] = {}
-        for modality in modalities or self.modalities:
-            if modality in sample.images:
-                path, tile = sample.images[modality]
-                files.setdefault((path, self.ranges.get(modality)), {})[modality] = tile
+        wanted = sample.only(modalities or self.modalities).images
+        files: dict[Path, dict[str, int | None]] = {}
+        for modality, (path, tile) in wanted.items():
+            files.setdefault(path, {})[modality] = tile
         images = {}
-        for (path, scaling), tiles in files.items():
-            decoded = read_tiles(path, list(tiles.values()), self.image_size, scaling)
-            images |= zip(tiles, decoded, strict=True)
-        return images
+        for path, tiles in files.items():
+            images |= zip(tiles, read_tiles(path, [*tiles.values()], self.image_size), strict=True)
+        return {modality: images[modality] for modality in wanted}
 
     def restricted(self, modalities: tuple[str, ...]) -> "Split":
         """The same samples with these modalities alone; those that have none are left out."""
-        samples = []
-        for sample in self.samples:
-            images = {name: file for name, file in sample.images.items() if name in modalities}
-            samples += [replace(sample, images=images)] if images else []
         own = tuple(name for name in self.modalities if name in modalities)
-        return Split(samples, own, self.image_size, self.store_gb, self.ranges)
+        samples = [sample.only(own) for sample in self.samples]
+        return Split([s for s in samples if s.images], own, self.image_size, self.store_gb)
 
     def subset(self, samples: list[Sample]) -> "Split":
-        return Split(samples, self.modalities, self.image_size, self.store_gb, self.ranges)
+        return Split(samples, self.modalities, self.image_size, self.store_gb)
 
 
-def read_tiles(
-    path: Path,
-    tiles: list[int | None],
-    size: tuple[int, int] | None,
-    scaling: tuple[float, float] | None = None,
-) -> Tensor:
+# --- reading images
+
+
+def read_tiles(path: Path, tiles: list[int | None], size: tuple[int, int] | None) -> Tensor:
     """These tiles of a mosaic, or [None] for the whole image: (tiles, 3, H, W), uint8."""
-    pixels = torch.from_numpy(np.array(read_image(path, scaling)))
-    H, W, _ = pixels.shape
-    if tiles == [None]:
-        images = pixels[None]
-    elif W % (2 * H) or 2 * H * (max(tiles) + 1) > W:
-        raise UserError(
-            f"{path}: {W}x{H} pixels; a mosaic has tiles twice as wide as high, here {2 * H}x{H},"
-            f" at least {max(tiles) + 1} side by side"
-        )
-    else:
-        images = pixels.unflatten(1, (-1, 2 * H)).transpose(0, 1)[tiles]
+    images = torch.from_numpy(np.array(read_image(path, tiles[-1])))[None]  # (1, H, W, 3)
+    if tiles != [None]:
+        images = images[0].unflatten(1, (-1, 2 * images.shape[1])).transpose(0, 1)[tiles]
     images = images.permute(0, 3, 1, 2)
     if size and images.shape[2:] != size:
         # As Pillow resizes, within 2 of 255, and several times as fast; see D22
@@ -262,46 +217,108 @@ def read_tiles(
     return images
 
 
-def read_image(path: Path, scaling: tuple[float, float] | None = None) -> Image.Image:
-    """An image as RGB, upright. `scaling`: raw values, of more than 8 bits, that become 0, 255."""
+def read_image(path: Path, tile: int | None = None) -> Image.Image:
+    """An image as RGB, upright; what is transparent becomes black. `tile`: as in `opened`."""
+    with opened(path, tile) as image:
+        upright = image if tile is not None else ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            black = Image.new("RGBA", upright.size, "black")
+            upright = Image.alpha_composite(black, upright.convert("RGBA"))
+        return upright.convert("RGB")
+
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # see MAX_PIXELS
+
+
+@contextmanager
+def opened(path: Path, tile: int | None = None) -> Iterator[Image.Image]:
+    """An image file of which only the head has been read; `tile` is the last that is wanted of it.
+
+    Raises UserError, from the block too, for what cannot be read as a viewer would show it.
+    """
     try:
-        with open_image(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if not is_deep(image):
-                return upright.convert("RGB")
-            raw = np.nan_to_num(np.asarray(upright, np.float32))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: not an image that can be read ({error}); replace or remove the file"
-        ) from None
-    if not scaling:
-        raise UserError(
-            f"{path}: more than 8 bits a channel, values {raw.min():g} to {raw.max():g}; say which"
-            " become 0 and 255 by --tir-range LOW HIGH, or another sensor's by --range"
-            " NAME=LOW,HIGH (python data.py --check suggests them)"
-        )
-    low, high = scaling
-    scaled = np.rint((raw - low) * (255 / (high - low))).clip(0, 255)
-    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file, of which only the head has been read."""
-    image = Image.open(path, formats=("JPEG", "PNG", "BMP", "TIFF"))
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-    return image
+        with Image.open(path, formats=("JPEG", "PNG", "BMP", "TIFF", "WEBP")) as image:
+            W, H = image.size
+            if W * H > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{W}x{H} pixels")
+            if is_deep(image):
+                text = "make a copy of the data set with 8 bits by python -m extras.to_8bit"
+                raise UserError(f"{path}: more than 8 bits a channel; {text}")
+            if tile is not None and (W % (2 * H) or 2 * H * (tile + 1) > W):
+                text = f"expected tiles of {2 * H}x{H}, at least {tile + 1} side by side"
+                raise UserError(f"{path}: a mosaic of {W}x{H} pixels; {text}")
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        limit = f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels: downscale the image"
+        raise UserError(f"{path}: {error}; {limit}") from None
+    except Exception as error:  # Pillow's errors have no common type
+        text = f"not an image that can be read ({getattr(error, 'strerror', '') or error})"
+        raise UserError(f"{path}: {text}; mend, replace or remove the file") from None
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether its one channel has more than 8 bits: integers or floats."""
-    return image.mode[0] in "IF"
+    """Whether the file holds more than 8 bits a channel, or other than whole numbers from 0.
+
+    The mode says so of grey images alone: Pillow reduces 16-bit colour to 8 bits without a word,
+    and takes the two bytes of a planar TIFF's values for two pixels.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits, kinds = tags.get(258, (8,)), tags.get(339, (1,))  # TIFF's BitsPerSample, SampleFormat
+    deep_png = ";16" in str(image.tile)  # what the decoder is told of the file's bits
+    return image.mode[0] in "IF" or deep_png or max(bits) > 8 or max(kinds) > 1
+
+
+def check_heads(sample: Sample) -> None:
+    """Raise UserError where the head of one of the sample's files says that it cannot be read."""
+    for path, tile in dict(sample.images.values()).items():
+        with opened(path, tile):
+            pass
+
+
+def in_order(work: Callable, items: list, threads: int) -> Iterator:
+    """work(item) of each item, in order, by threads that are ahead by two items each; 0: by none.
+
+    Threads do: decoding and resizing release Python's lock. A signal ends the wait for an item that
+    takes longer than PATIENCE, as from a disk that hangs. Raises runtime.Stopped.
+    """
+    if not threads:
+        yield from map(work, items)
+        return
+    items, coming, cores = iter(items), deque(), torch.get_num_threads()
+    # Its threads are daemons: one that hangs does not keep the program from ending
+    with ThreadPool(threads, torch.set_num_threads, (1,)) as pool:
+        try:
+            coming.extend(pool.apply_async(work, (item,)) for item in islice(items, 2 * threads))
+            while coming:
+                result = coming.popleft()
+                while not result.ready():
+                    result.wait(PATIENCE)
+                    if not result.ready() and (number := runtime.noted_signal()):
+                        raise runtime.Stopped(number, "stopped while waiting for a file")
+                coming.extend(pool.apply_async(work, (item,)) for item in islice(items, 1))
+                yield result.get()
+        finally:
+            torch.set_num_threads(cores)  # else later threads, too, would have one core each
+
+
+def in_threads(work: Callable, items: list, doing: str) -> Iterator:
+    """in_order by all cores, with a bar; a signal ends it at once. Raises runtime.Stopped."""
+    with (
+        runtime.deferred_signals(),
+        closing(in_order(work, items, runtime.num_cores())) as results,
+        tqdm(total=len(items), desc=doing, leave=False, disable=None) as bar,
+    ):
+        for result in results:
+            if number := runtime.noted_signal():
+                text = f"stopped while {doing} images: the same command begins anew"
+                raise runtime.Stopped(number, text)
+            bar.update()
+            yield result
 
 
 # --- the store: each image decoded once, for all epochs, runs and ranks of a machine
-
-STORE_VERSION = 1  # of what reading gives, a part of the files' names
 
 
 def open_store(split: Split) -> dict[str, Tensor] | None:
@@ -314,17 +331,15 @@ def open_store(split: Split) -> dict[str, Tensor] | None:
         return None
     files = store_files(split)
     with runtime.local_rank0_first():
-        missing = [modality for modality, file in files.items() if not file.exists()]
+        missing = {modality: file for modality, file in files.items() if not file.exists()}
         if missing and runtime.local_rank() == 0:
-            fill_store(split, {modality: files[modality] for modality in missing})
+            fill_store(split, missing)
     images = {}
     for modality, file in files.items():
         try:
             # Private pages, of which none is ever written: torch wants an array that could be
             images[modality] = torch.from_numpy(np.load(file, mmap_mode="c"))
-            with suppress(OSError):  # of another user
-                os.utime(file)  # what was used last is removed last
-        except OSError:  # not made, or removed by another run since
+        except OSError:  # not made, or deleted since
             return None
         except (ValueError, EOFError) as error:
             raise UserError(f"{file}: damaged ({error}); delete it, it is made anew") from None
@@ -332,96 +347,60 @@ def open_store(split: Split) -> dict[str, Tensor] | None:
 
 
 def store_files(split: Split) -> dict[str, Path]:
-    """Each modality's file, named after all that it depends on: the images' paths, sizes, times."""
+    """Each modality's file, named after all that it depends on.
+
+    The inodes, too: nothing else tells two files of equal size and time that have swapped names.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    states: dict[Path, str] = {}
+    states: dict[Path | None, str] = {None: "absent"}
     files = {}
     for modality in split.modalities:
-        known = (STORE_VERSION, split.image_size, *split.ranges.get(modality, ()))
-        digest = hashlib.sha256(repr(known).encode())
+        digest = hashlib.sha256(repr((STORE_VERSION, split.image_size)).encode())
         for sample in split.samples:
             path, tile = sample.images.get(modality, (None, None))
-            if path and path not in states:
-                status = path.stat()
-                states[path] = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
-            digest.update(f"{states.get(path)} {tile}\n".encode())
+            if path not in states:
+                stat, name = path.stat(), os.fsencode(path.absolute())  # not all names are UTF-8
+                states[path] = f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+            digest.update(f"{states[path]} {tile}\n".encode())
         files[modality] = Path(cache, "graft", f"{digest.hexdigest()[:32]}.npy")
     return files
 
 
 def fill_store(split: Split, files: dict[str, Path]) -> None:
-    """Decode a split's images of these modalities into the files, in all threads, if they fit."""
+    """Write a split's decoded images, each modality's (N, 3, H, W) to its file, if there is room.
+
+    Black where a sample lacks it. A stop or an error leaves nothing half-made.
+    """
     shape = (len(split), 3, *split.image_size)
-    size, folder = len(files) * int(np.prod(shape)), next(iter(files.values())).parent
-    what = f"the decoded images of {len(split)} samples, {size / 1e9:.2f} GB"
+    size, folder = len(files) * math.prod(shape), next(iter(files.values())).parent
+    what = f"the decoded images of {len(split)} samples, {size / 1e9:.2f} GB,"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(folder), tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            if all(file.exists() for file in files.values()):
-                return
-            if lack := make_room(folder, size, split.store_gb):
-                _warn(f"{what}, do not fit {lack}: images are decoded each time they are needed")
-                return
-            arrays = {}
-            for modality, file in files.items():
-                path = Path(unfinished, file.name)
-                arrays[modality] = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, a crash later
-                    with open(path, "r+b") as opened:
-                        os.posix_fallocate(opened.fileno(), 0, path.stat().st_size)
-
-            def decode(i: int) -> None:
-                for modality, image in split.read(split.samples[i], tuple(files)).items():
-                    arrays[modality][i] = image.numpy()
-
-            # Threads, as decoders release the lock
-            pool = ThreadPoolExecutor(runtime.num_cores())
-            with pool, closing(pool.map(decode, range(len(split)))) as done:
-                for _ in tqdm(done, "decoding", len(split), leave=False, disable=None):
-                    if number := runtime.noted_signal():
-                        text = "stopped while decoding: the same command begins anew"
-                        raise runtime.Stopped(number, text)
-            for modality, file in files.items():
-                arrays[modality].flush()
-                os.replace(Path(unfinished, file.name), file)
-        runtime.print0(f"{what}, are kept in {folder} (--store 0: decode each time)")
+        taken = sum(file.stat().st_size for file in folder.glob("*.npy"))
+        if size > min(split.store_gb * 1e9 - taken, shutil.disk_usage(folder).free / 2):
+            limit = f"--store {split.store_gb:g}, of which {taken / 1e9:.2f} are taken, and half of"
+            text = f"{what} do not fit in {folder} ({limit} the free space): decoding in each epoch"
+            runtime.warn(f"{text}; delete what is old there, or raise --store")
+            return
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished, ExitStack() as stack:
+            paths = {modality: Path(unfinished, file.name) for modality, file in files.items()}
+            out = {m: stack.enter_context(open(path, "wb")) for m, path in paths.items()}
+            for file in out.values():
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            read, black = partial(split.read, modalities=tuple(files)), bytes(math.prod(shape[1:]))
+            # Written, not mapped: on a full disk a write is an error, a mapped page kills us
+            for images in stack.enter_context(closing(in_threads(read, split.samples, "decoding"))):
+                for m, file in out.items():
+                    file.write(images[m].numpy().tobytes() if m in images else black)
+            for m, file in out.items():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+                os.replace(paths[m], files[m])
+        runtime.print0(f"{what} are kept in {folder} (--store 0: decode in each epoch)")
     except OSError as error:
-        _warn(f"{what}, cannot be kept ({error}): images are decoded each time they are needed")
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """A second process waits, and then finds what it was about to make."""
-    with open(folder / "lock", "a") as file:
-        with suppress(OSError, ImportError):  # a system or file system without such locks
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            for unfinished in folder.glob("tmp*"):  # of a process that was killed
-                shutil.rmtree(unfinished, ignore_errors=True)
-        yield
-
-
-def make_room(folder: Path, size: int, store_gb: float) -> str:
-    """Remove what was used longest ago, until `size` bytes fit; if they can't, says into what."""
-    limit = store_gb * 1e9
-    if size > limit:
-        return f"--store {store_gb:g}"
-    if size > runtime.available_memory():  # pages that do not stay are read from disk each time
-        return "the memory that is free"
-    free, removed = shutil.disk_usage(folder).free, []
-    kept = [(file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob("*.npy")]
-    kept.sort(reverse=True)
-    total = sum(file_size for _, file_size, _ in kept)
-    while total + size > limit or size > free / 2:
-        if not kept:  # nothing is removed in vain
-            return f"the disk of {folder}"
-        _, file_size, file = kept.pop()
-        total, free = total - file_size, free + file_size
-        removed.append(file)
-    for file in removed:
-        file.unlink(missing_ok=True)  # a run that has mapped it keeps its pages
-    return ""
+        runtime.warn(f"{what} cannot be kept ({error}): decoding in each epoch")
 
 
 # --- batches
@@ -432,19 +411,42 @@ def read_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """The images of batches of sample indices, in order: {modality: uint8 (B, 3, H, W)}.
 
-    On the device; of samples that have the same modalities. All ranks call it together. Close the
-    iterator when done.
+    On the device; of samples that have the same modalities. Without the store `workers` threads
+    decode ahead; on CUDA the next batches are sent while the model works on this one. All ranks
+    call it together. Close the iterator when done.
     """
-    pin = device.type == "cuda"
-    if split.decoded:
-        reading = (gather(split, indices, pin) for indices in batches)
-    else:
-        reading = stream(split, batches, workers, pin)
-    return prefetch(reading, device)
+    stored, cuda = split.decoded is not None, device.type == "cuda"
+    read = partial(gather, split, pin=cuda) if stored else partial(decode, split)
+    side = torch.cuda.Stream(device) if cuda else None  # of the copies to the device
+
+    def send(indices: list[int]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        if not cuda:
+            return runtime.to_device(read(indices), device), None
+        # A thread's device is the first one, whatever the rank's
+        with torch.cuda.device(device), torch.cuda.stream(side):
+            return runtime.to_device(read(indices), device), side.record_event()
+
+    def reading() -> Iterator[dict[str, Tensor]]:
+        threads = 0 if stored else min(workers, len(batches))
+        for images, sent in in_order(send, batches, max(threads, int(cuda))):
+            if cuda:
+                work = torch.cuda.current_stream(device)
+                work.wait_event(sent)
+                for image in images.values():
+                    image.record_stream(work)  # its memory is not for the next copy before that
+            yield images
+
+    return reading()
+
+
+def decode(split: Split, indices: list[int]) -> dict[str, Tensor]:
+    """A batch from its samples' files."""
+    samples = [split[i][0] for i in indices]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def gather(split: Split, indices: list[int], pin: bool) -> dict[str, Tensor]:
-    """Copy samples out of the store."""
+    """A batch out of the store."""
     order, images = torch.tensor(indices), {}
     for modality in split.samples[indices[0]].images:
         stored = split.decoded[modality]
@@ -453,77 +455,12 @@ def gather(split: Split, indices: list[int], pin: bool) -> dict[str, Tensor]:
     return images
 
 
-def stream(
-    split: Split, batches: list[list[int]], workers: int, pin: bool
-) -> Iterator[dict[str, Tensor]]:
-    """Decode batches by `workers` processes, which ignore signals: they end with this one alone."""
-    loader = torch.utils.data.DataLoader(
-        split,
-        batch_sampler=batches,
-        num_workers=max(0, min(workers, len(batches) - 1)),  # none for a single batch
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=runtime.ignore_signals,
-    )
-    reader = iter(loader)
-    try:
-        while (batch := next(reader, None)) is not None:
-            yield batch
-    finally:
-        # torch ends them when the last reference goes, which an error's traceback may hold for long
-        if hasattr(reader, "_shutdown_workers"):
-            reader._shutdown_workers()
-
-
-def collate(samples: list[tuple[dict[str, Tensor], int, int]]) -> dict[str, Tensor]:
-    """Samples with the same modalities -> {modality: (B, 3, H, W)}."""
-    images = [images for images, _, _ in samples]
-    return {name: torch.stack([image[name] for image in images]) for name in images[0]}
-
-
-def prefetch(
-    batches: Iterator[dict[str, Tensor]], device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Batches on the device; on CUDA the next one is read and sent while the model works on this.
-
-    A thread reads into pinned memory, and a stream of its own copies. Closes `batches`, too.
-    """
-
-    def send() -> tuple | None:
-        images = next(batches, None)
-        if images is None:
-            return None
-        with torch.cuda.stream(side):
-            return runtime.to_device(images, device), side.record_event()
-
-    with closing(batches):
-        if device.type != "cuda":
-            for images in batches:
-                yield runtime.to_device(images, device)
-            return
-        side = torch.cuda.Stream(device)
-        # A new thread's device is the first one, whatever the rank's
-        with ThreadPoolExecutor(1, "", torch.cuda.set_device, (device,)) as pool:
-            coming = pool.submit(send)
-            while (sent := coming.result()) is not None:
-                images, arrived = sent
-                coming = pool.submit(send)
-                work = torch.cuda.current_stream(device)
-                work.wait_event(arrived)
-                for image in images.values():
-                    image.record_stream(work)  # its memory is not for the next copy before that
-                yield images
-
-
 # --- finding the files
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits and facts of a data set on disk.
-
-    `mean` and `std`: modality -> three channels, of values from 0 to 1.
-    """
+    """Splits of a data set; `mean` and `std`: modality -> three channels, of values from 0 to 1."""
 
     name: str
     modalities: tuple[str, ...]
@@ -534,325 +471,241 @@ class Dataset:
     std: dict[str, tuple[float, float, float]]
 
 
-class Index(NamedTuple):
-    """What a split's folders hold: `absent` have no chosen modality, `problems` are no samples."""
+class Found(NamedTuple):
+    """What one layout finds in a folder."""
 
-    samples: list[Sample]
-    absent: list[str]
-    problems: list[str]
+    base: Path
+    example: str
+    modalities: tuple[str, ...]  # in the data set's order
+    samples: dict[str, list[Sample]]  # by split
+    not_taken: dict[str, str]  # what is no sample, and why
+
+    def choose(self, modalities: tuple[str, ...] | None) -> tuple[str, ...]:
+        """These modalities in the data set's order, or all."""
+        if unknown := {*(modalities or ())} - {*self.modalities}:
+            unknown, known = ", ".join(sorted(unknown)), ",".join(self.modalities)
+            raise UserError(f"{self.base}: no modality {unknown}; expected some of {known}")
+        return tuple(m for m in self.modalities if m in (modalities or self.modalities))
+
+    def describe(self) -> str:
+        """How many files of the data set were not taken, and why the first were not; or ""."""
+        files = [f"{path} ({why})" for path, why in self.not_taken.items() if why != BESIDE]
+        more = "; ... (python -m extras.check lists all)" if len(files) > 3 else ""
+        return f"{len(files)} files were not taken: {'; '.join(files[:3])}{more}" if files else ""
 
 
 def load_dataset(
-    name: str,
-    root: str | Path,
-    modalities: tuple[str, ...] | None = None,
-    image_size: tuple[int, int] | None = None,
-    store_gb: float = 0.0,
-    ranges: Ranges | None = None,
+    name: str, root, modalities=None, image_size=None, store_gb=0.0, need=SPLITS, render=False
 ) -> Dataset:
-    """Find the files of a data set; `root` is its folder or the parent of it.
+    """Find the files of a data set; `root` is its folder, the parent of it, or the file of "csv".
 
-    "synthetic" is rendered where it is absent. `modalities` keeps those alone, `image_size`
-    (height, width) resizes, `store_gb` bounds the store of decoded images, `ranges` scale those of
-    more than 8 bits. Training samples that lack a modality are left out; query and gallery samples
-    stay with what they have; what has none is left out. Each is said in a warning. Raises
-    UserError, with the trees expected, where nothing matches.
+    `modalities` keeps those alone, `image_size` (height, width) resizes, `store_gb` bounds the
+    store, splits that are not in `need` may be empty, `render` makes the synthetic set where it is
+    absent. Training samples that lack a modality are left out; query and gallery samples stay with
+    what they have. Warns of that, of other counts than the known ones, and of files not taken.
+    Raises UserError where a split is empty.
     """
-    source = find_source(name, Path(root), modalities)
-    if unknown := [modality for modality in ranges or {} if modality not in source.found]:
-        found = ", ".join(source.found)
-        _warn(f"--range {', '.join(unknown)}: {source.base} has no such modality, but {found}")
-    splits = {}
-    for number, split in enumerate(SPLITS):
-        index = source.index(number)
-        if index.problems:
-            count = len(index.problems) - 1
-            more = f"; and {count} more, python data.py --check lists all" if count else ""
-            raise UserError(index.problems[0] + more)
-        samples = _usable(index, split, source.modalities)
-        if not samples:
-            raise UserError(source.nothing_in(split))
-        splits[split] = Split(samples, source.modalities, image_size, store_gb, ranges)
-        known = source.facts.counts
-        if known and len(samples) != known[number]:
-            _warn(
-                f"{source.base}: {split} has {len(samples)} samples, {name} is known to have"
-                f" {known[number]}; going on with what is there"
-            )
-    facts, chosen = source.facts, source.modalities
-    mean = {modality: facts.mean.get(modality, _IMAGENET_MEAN) for modality in chosen}
-    std = {modality: facts.std.get(modality, _IMAGENET_STD) for modality in chosen}
+    found = find(name, Path(root), render)
+    chosen = found.choose(modalities)
+    if text := found.describe():
+        runtime.warn(f"{found.base}: {text}")
+    splits, facts = {}, DATASETS[name]
+    for split, known in zip(SPLITS, facts.counts or (0, 0, 0), strict=True):
+        samples = usable(found, split, chosen, split in need)
+        splits[split] = Split(samples, chosen, image_size, store_gb)
+        if split in need and not samples:
+            raise UserError(f"{found.base}: no usable images in {split}; expected {found.example}")
+        if split in need and known not in (0, len(samples)):
+            text = f"{split} has {len(samples)} samples, {name} is known to have {known}"
+            runtime.warn(f"{found.base}: {text}; going on with what is there")
+    mean, std = ({m: facts.mean_std.get(m, IMAGENET)[i] for m in chosen} for i in (0, 1))
     return Dataset(name, chosen, **splits, mean=mean, std=std)
 
 
-def _usable(index: Index, split: str, modalities: tuple[str, ...]) -> list[Sample]:
-    """The samples that a split can use; says how many lack something, and which."""
-    total = len(index.samples) + len(index.absent)
-    if index.absent:
-        _warn(
-            f"{len(index.absent)} of {total} {split} samples have none of {', '.join(modalities)}"
-            f" and are left out: {_first(index.absent)}"
-        )
-    lacking = [sample.name for sample in index.samples if len(sample.images) < len(modalities)]
-    if lacking:
-        what = "are left out" if split == "train" else "stay, with what they have"
-        _warn(
-            f"{len(lacking)} of {total} {split} samples lack a modality and {what}:"
-            f" {_first(lacking)}"
-        )
-    if split != "train":
-        return index.samples
-    return [sample for sample in index.samples if len(sample.images) == len(modalities)]
+def usable(found: Found, split: str, chosen: tuple[str, ...], say: bool) -> list[Sample]:
+    """The samples that a split can use; `say` how many lack a modality, and which."""
+    samples = [sample.only(chosen) for sample in found.samples[split]]
+    what = "are left out" if split == "train" else "stay, with what they have"
+    for lacking, text in (
+        ([s for s in samples if not s.images], f"have none of {', '.join(chosen)}; left out"),
+        ([s for s in samples if 0 < len(s.images) < len(chosen)], f"lack a modality and {what}"),
+    ):
+        if lacking and say:
+            names = ", ".join([s.name for s in lacking[:3]] + ["..."] * (len(lacking) > 3))
+            runtime.warn(f"{len(lacking)} of {len(samples)} {split} samples {text}: {names}")
+    least = len(chosen) if split == "train" else 1
+    return [sample for sample in samples if len(sample.images) >= least]
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _warn(message: str) -> None:
-    runtime.print0(f"warning: {message}", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set found on disk: folder, layout, the modalities it has and those chosen."""
-
-    base: Path
-    layout: Layout
-    facts: Facts
-    found: tuple[str, ...]
-    modalities: tuple[str, ...]
-
-    def nothing_in(self, split: str) -> str:
-        tree = self.layout.tree()
-        return f"{self.base}: no usable images in split {split}; expected files at {tree}"
-
-    def files(self, number: int, folder: str) -> Iterator[tuple[str, Path]]:
-        """Image files of split `number` in a modality's folder, sorted, with their sample's name.
-
-        That is the path without split, modality and suffix: the same for all modalities.
-        """
-        parts = self.layout.pattern.split("/")
-        stars = [place for place, part in enumerate(parts) if part == "*"]
-        pattern = self.layout.pattern.format(split=self.layout.splits[number], modality=folder)
-        start = len(str(self.base / "x")) - 1
-        for path in sorted(self.base.glob(pattern), key=str):
-            stem, suffix = os.path.splitext(path)
-            if suffix.lower() in SUFFIXES:
-                places = stem[start:].split(os.sep)
-                yield "/".join(places[star] for star in stars), path
-
-    def index(self, number: int) -> Index:
-        """Samples of split `number`, sorted by name."""
-        files: dict[str, dict[str, tuple[Path, int | None]]] = {}
-        problems: list[str] = []
-        others: set[str] = set()  # names that a modality has which was not chosen
-        inside = _Inside(self.base)
-        for folder, modalities in self.folders().items():
-            for name, path in self.files(number, folder):
-                if not modalities:
-                    others.add(name)
-                elif outside := inside.leaves(path):
-                    problems.append(f"{path}: {outside}")
-                elif modalities[0] in files.setdefault(name, {}):
-                    twin = files[name][modalities[0]][0].name
-                    problems.append(f"{path}: the same sample as {twin}; remove one of them")
-                else:
-                    for modality in modalities:
-                        tile = self.found.index(modality) if self.layout.mosaic else None
-                        files[name][modality] = (path, tile)
-        if self.layout.query_names and SPLITS[number] == "query":
-            queries = {path.stem for path in (self.base / self.layout.query_names).glob("*")}
-            files = {name: f for name, f in files.items() if name.rpartition("/")[2] in queries}
-            others = {name for name in others if name.rpartition("/")[2] in queries}
-        samples = []
-        for name, images in sorted(files.items()):
-            if images and (sample := self.sample(name, images)):
-                samples += [sample] if sample.pid not in self.facts.junk else []
-            elif images:
-                problems.append(
-                    f"{self.base}: {name}: no identity and camera in the name;"
-                    f" expected e.g. 0501_c0001_000 ({self.facts.name})"
-                )
-        return Index(samples, sorted(others - files.keys()), problems)
-
-    def folders(self) -> dict[str, tuple[str, ...]]:
-        """Folders to look in, and which of the chosen modalities a file there holds."""
-        if self.layout.mosaic or self.layout.whole:
-            return {"": self.modalities}
-        named = zip(self.layout.modalities or self.found, self.found, strict=True)
-        return {folder: (name,) if name in self.modalities else () for folder, name in named}
-
-    def sample(self, name: str, images: dict) -> Sample | None:
-        match = re.search(self.facts.name, name)
-        if not match:
-            return None
-        return Sample(name, int(match["pid"]), int(match["key"]) - self.facts.first_key, images)
-
-
-class _Inside:
-    """Finds links that lead out of a data set; each folder is resolved once."""
-
-    def __init__(self, base: Path):
-        self.base, self.folders = base.resolve(), set()
-
-    def leaves(self, path: Path) -> str:
-        folder = os.path.dirname(path)
-        if folder in self.folders and not os.path.islink(path):
-            return ""
-        target = path.resolve()
-        if not target.is_relative_to(self.base):
-            return f"leads to {target}, out of the data set; put a copy in its place"
-        if not os.path.islink(path):
-            self.folders.add(folder)
-        return ""
-
-
-def find_source(name: str, root: Path, modalities: tuple[str, ...] | None) -> Source:
-    """The data set at `root` or below it. Raises UserError where it or a modality is absent."""
+def find(name: str, root: Path, render: bool = False) -> Found:
+    """The data set in `root` or in the folder of its name there. Raises UserError where none is."""
     if name not in DATASETS:
         raise UserError(f"data set {name!r}: expected one of {', '.join(DATASETS)}")
+    if name == "csv":
+        return read_table(root.absolute())
     if name == "synthetic":
-        _render(root)
+        root = synthetic_folder(root, render)
     if not root.is_dir():
-        raise UserError(
-            f"{root}: no such folder; --data-root expects the folder of {name}, or its parent"
-        )
+        raise UserError(f"{root}: no such folder; --data-root is the data set's, or its parent")
     facts = DATASETS[name]
-    base, layout = _detect(name, facts, root)
-    found = facts.modalities or _modality_folders(base, layout)
-    chosen = tuple(modalities or found)
-    if unknown := [modality for modality in chosen if modality not in found]:
-        raise UserError(
-            f"{base}: no modality {', '.join(unknown)} in {name}; expected some of"
-            f" {', '.join(found)}"
-        )
-    return Source(base, layout, facts, found, chosen)
+    children = [child for child in sorted(root.iterdir()) if child.name.lower() == name]
+    bases = [root, *filter(Path.is_dir, children)]
+    candidates = [match_layout(base, facts, layout) for base in bases for layout in facts.layouts]
+    # The first of those with most splits: rgbir/query alone may be a part of another layout
+    found = max(candidates, key=lambda found: sum(map(bool, found.samples.values())))
+    if not any(found.samples.values()):
+        seen = [f"; {text}" for other in candidates if (text := other.describe())]
+        trees = ", or ".join(facts.layouts) + "".join(seen[:1])
+        raise UserError(f"{root}: no {name} found there or in {root / name}; expected {trees}")
+    return found
 
 
-def _render(root: Path) -> None:
-    """Render the synthetic set into ROOT/synthetic, unless it (or ROOT itself) is one."""
-    from extras import synthetic
+def match_layout(base: Path, facts: Facts, example: str) -> Found:
+    """All samples below `base` whose paths match one of the data set's layouts."""
+    layout, splits = facts.layouts[example], {split: {} for split in SPLITS}
+    folders, not_taken = set(), {}
+    for path, entry in walk(base, layout.count("/"), layout.split("/")[0]):
+        stem, suffix = os.path.splitext(path)
+        match = re.fullmatch(layout, stem, re.ASCII)
+        groups = {k: v for k, v in match.groupdict().items() if v is not None} if match else {}
+        if "modality" in groups:
+            folders.add(groups["modality"])
+        problems = {
+            BESIDE: "/" not in path,
+            "a folder, where files are expected": entry.is_dir(),
+            f"read are {' '.join(SUFFIXES)}": suffix.lower() not in SUFFIXES,
+            "its path or name is not as expected": not match,
+            "a link to a file that is not there": not entry.is_file(),
+        }
+        why = next((text for text, found in problems.items() if found), "")
+        if why := why or place(Path(entry), groups, facts, splits):
+            not_taken[printable(path)] = why
+    for folder in folders:
+        check_modality(folder, base)
+    if facts.query_names and "<test>" in layout:
+        names = {printable(path.stem) for path in (base / facts.query_names).glob("*")}
+        queries = splits["query"].items()
+        splits["query"] = {key: s for key, s in queries if key.rpartition("/")[2] in names}
+    usual = [name for name in _RNT if name in folders]
+    modalities = facts.modalities or (*usual, *sorted(folders - {*usual}))
+    samples = {
+        split: [sample.only(modalities) for _, sample in sorted(found.items())]
+        for split, found in splits.items()
+    }
+    return Found(base, example, modalities, samples, not_taken)
+
+
+def walk(folder, depth: int, first: str, above: str = "") -> Iterator[tuple[str, os.DirEntry]]:
+    """Relative paths of what lies `depth` folders below, of which `first` matches the first.
+
+    And of what is not such a folder on the way there. Links are followed, no deeper.
+    """
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if HIDDEN.fullmatch(entry.name):
+            continue
+        if depth and entry.is_dir() and re.fullmatch(first, entry.name):
+            yield from walk(entry, depth - 1, ".*", f"{above}{entry.name}/")
+        else:
+            yield above + entry.name, entry
+
+
+def place(path: Path, groups: dict, facts: Facts, splits: dict[str, dict[str, Sample]]) -> str:
+    """Add a file to its sample; returns why not, where another file has its place."""
+    pid, key = int(groups["pid"]), int(groups["key"]) - facts.first_key
+    if pid == facts.junk:
+        return ""
+    if "modality" in groups:
+        tiles = {groups["modality"]: None}
+    else:
+        tiles = dict.fromkeys(name for name in facts.modalities if name in groups)
+        tiles = tiles or {name: tile for tile, name in enumerate(facts.modalities)}  # a mosaic
+    name = printable("/".join(groups[group] for group in ("folder", "name") if group in groups))
+    for split in ("query", "gallery") if "test" in groups else splits.keys() & groups.keys():
+        images = splits[split].setdefault(name, Sample(name, pid, key, {})).images
+        if twins := images.keys() & tiles.keys():
+            return f"the same sample as {printable(images[twins.pop()][0].name)}"
+        images.update({modality: (path, tile) for modality, tile in tiles.items()})
+    return ""
+
+
+def printable(text: str) -> str:
+    """A name as it can be printed, drawn and stored: file names may hold any bytes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def check_modality(name: str, where: Path) -> None:
+    """Raise UserError for a sensor's name that cannot be typed, or be the name of a module."""
+    taken = hasattr(torch.nn.ModuleDict(), name) or name == "embedding"  # an export's output
+    if taken or not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+        wanted = "another word" if taken else "letters, digits, _ and -, as in nir-850"
+        raise UserError(f"{where}: modality {printable(name)!r}: rename it; expected {wanted}")
+
+
+def read_table(path: Path) -> Found:
+    """A data set listed in a CSV: split, identity, camera (any text), and a file a modality.
+
+    Files are relative to the CSV's folder; an empty cell is a modality that the sample lacks.
+    """
+    fixed = ("split", "identity", "camera")
+    example = "the columns split, identity, camera, rgb, ... and e.g. train,red bus,gate 2,a.jpg"
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="", strict=True)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error}); expected {example}") from None
+    columns = reader.fieldnames or ()
+    modalities = tuple(column for column in columns if column not in fixed)
+    if not {*fixed} < {*columns}:
+        raise UserError(f"{path}: its columns are {', '.join(columns)}; expected {example}")
+    for modality in modalities:
+        check_modality(modality, path)
+    samples, not_taken = {split: [] for split in SPLITS}, {}
+    ids, cameras = {}, {}  # numbers over all splits: query and gallery must agree
+    for line, row in rows:
+        images = {m: (path.parent / row[m], None) for m in modalities if row[m]}
+        if row["split"] not in SPLITS or not row["identity"] or not images or None in row:
+            not_taken[f"line {line}"] = f"expected {example}"
+            continue
+        name = printable(f"{row['identity']}_c{row['camera']}_{line:06d}")
+        pid = ids.setdefault(row["identity"], len(ids))
+        key = cameras.setdefault(row["camera"], len(cameras))
+        samples[row["split"]].append(Sample(name, pid, key, images))
+    samples = {split: sorted(own, key=lambda s: s.name) for split, own in samples.items()}
+    return Found(path, example, modalities, samples, not_taken)
+
+
+def synthetic_folder(root: Path, render: bool) -> Path:
+    """The synthetic set's folder, ROOT or ROOT/synthetic, which `render` makes where it is absent.
+
+    A child process renders it, which ends with this one.
+    """
+    from synthetic.render import VERSION  # upward, for this data set alone
 
     with runtime.rank0_first():
         folder = root if (root / "VERSION").exists() else root / "synthetic"
-        if not folder.exists():
+        if render and not folder.exists():
             runtime.print0(f"rendering the synthetic set into {folder}")
-            command = [sys.executable, "-m", "extras.synthetic", "--out", str(folder.absolute())]
-            if subprocess.run(command, cwd=ROOT).returncode:
+            command = [sys.executable, "-m", "synthetic.render", "--out", str(folder.absolute())]
+            here = Path(__file__).parent
+            with runtime.deferred_signals(), subprocess.Popen(command, cwd=here) as child:
+                try:
+                    while child.poll() is None and not runtime.noted_signal():
+                        time.sleep(0.1)
+                finally:
+                    child.terminate()
+            if number := runtime.noted_signal():
+                raise runtime.Stopped(number, "stopped while rendering the synthetic set")
+            if child.returncode:
                 raise UserError(f"{folder}: rendering failed; see above")
     file = folder / "VERSION"
     version = file.read_text().strip() if file.exists() else "none"
-    if version != str(synthetic.VERSION):
+    if version != str(VERSION):
         raise UserError(
-            f"{folder}: rendered by version {version}, expected {synthetic.VERSION};"
-            " delete the folder, it is made anew"
+            f"{folder}: found version {version} of the synthetic set, expected {VERSION}; delete"
+            f" the folder if it is there, and run python -m synthetic.render --out {folder}"
         )
-
-
-def _detect(name: str, facts: Facts, root: Path) -> tuple[Path, Layout]:
-    """The data set's folder, and the first layout whose training folder is there."""
-    below = [child for child in sorted(root.iterdir()) if child.name.lower() == name]
-    for base in [root, *filter(Path.is_dir, below)]:
-        for layout in facts.layouts:
-            modality = (*layout.modalities, "*")[0]
-            folder = layout.pattern.format(split=layout.splits[0], modality=modality)
-            if any(base.glob(folder.rstrip("/*"))):
-                return base, layout
-    trees = "".join(f"\n  {layout.tree()}" for layout in facts.layouts)
-    raise UserError(
-        f"{root}: no layout of {name} found there or in {root / name};"
-        f" expected one of these trees:{trees}"
-    )
-
-
-def _modality_folders(base: Path, layout: Layout) -> tuple[str, ...]:
-    """The names of the modalities' folders: rgb, nir, tir first, then by alphabet."""
-    parts = layout.pattern.split("/")
-    pattern = "/".join(parts[: parts.index("{modality}") + 1])
-    folders = set()
-    for split in layout.splits:
-        for path in base.glob(pattern.format(split=split, modality="*")):
-            if path.is_dir():
-                folders.add(path.name)
-    usual = ("rgb", "nir", "tir")
-    known = [name for name in usual if name in folders]
-    return (*known, *sorted(folders - set(usual)))
-
-
-# --- checking all of it
-
-
-def check(
-    name: str,
-    root: str | Path,
-    modalities: tuple[str, ...] | None = None,
-    ranges: Ranges | None = None,
-    sheet: Path | None = None,
-) -> list[str]:
-    """Read every image of a data set; a line for each thing that is wrong with it.
-
-    Prints what it holds, and draws a contact sheet of it.
-    """
-    from extras import report
-
-    source = find_source(name, Path(root), modalities)
-    splits, lines = {}, []
-    for number, split in enumerate(SPLITS):
-        index = source.index(number)
-        splits[split] = Split(index.samples, source.modalities, ranges=ranges)
-        lines += index.problems
-        if not index.samples:
-            lines.append(source.nothing_in(split))
-        lacking = {name: source.modalities for name in index.absent}
-        for sample in index.samples:
-            if absent := [m for m in source.modalities if m not in sample.images]:
-                lacking[sample.name] = absent
-        lines += [
-            f"{source.base}: {split}: {name} lacks {', '.join(absent)}"
-            for name, absent in lacking.items()
-        ]
-        lines += _unreadable(splits[split], split)
-    lines += [f"{source.base}: {line}" for line in _inconsistent(splits)]
-    return lines + [f"{source.base}: {line}" for line in report.report(splits, sheet)]
-
-
-def _unreadable(split: Split, name: str) -> list[str]:
-    any_range = dict.fromkeys(split.modalities, (0.0, 1.0))  # the lack of one is said once for all
-    split = Split(split.samples, split.modalities, ranges={**any_range, **split.ranges})
-
-    def problem(sample: Sample) -> str | None:
-        try:
-            split.read(sample)
-        except UserError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(problem, split.samples)
-        return [line for line in tqdm(results, name, len(split), leave=False, disable=None) if line]
-
-
-def _inconsistent(splits: dict[str, Split]) -> list[str]:
-    """Identities that cannot be trained on, queries that cannot be found, leaks."""
-    counts = Counter(sample.pid for sample in splits["train"].samples)
-    keys: dict[int, set[int]] = {}
-    for sample in splits["gallery"].samples:
-        keys.setdefault(sample.pid, set()).add(sample.key)
-    lines = [
-        f"train: identity {pid} has a single sample, so no positive"
-        for pid, count in counts.items()
-        if count == 1
-    ]
-    lines += [
-        f"query: {sample.name} has no match in the gallery from another camera or scene"
-        for sample in splits["query"].samples
-        if not keys.get(sample.pid, set()) - {sample.key}
-    ]
-    lines += [
-        f"identity {pid} is in the training data and in the gallery"
-        for pid in sorted(counts.keys() & keys.keys())
-    ]
-    return lines
+    return folder
 
 
 def hold_out(train: Split, num_ids: int) -> tuple[Split, Split, Split]:
@@ -886,9 +739,14 @@ def make_triplets(pids: np.ndarray, positives: int, rng: np.random.Generator) ->
         n = end - start
         if n == 1:
             continue
-        # Each anchor goes its own way round the other samples of its identity
-        offset = rng.permuted(np.tile(np.arange(1, n), (n, 1)), axis=1)
-        offset = offset[:, np.arange(positives) % (n - 1)]
+        turns = np.arange(positives) % (n - 1)
+        if n <= 1000:
+            # Each anchor goes its own way round the other samples of its identity
+            offset = rng.permuted(np.tile(np.arange(1, n), (n, 1)), axis=1)[:, turns]
+        else:  # n x n numbers would fill the memory: from a random start by steps of one length
+            first, step = rng.integers(0, n - 1, (n, 1)), rng.integers(1, n - 1, (n, 1))
+            step[np.gcd(step, n - 1) * positives > n - 1] = 1  # one that comes back too early
+            offset = 1 + (first + step * turns) % (n - 1)
         positive = start + (np.arange(n)[:, None] + offset) % n
         negative = rng.integers(0, len(pids) - n, (n, positives))
         negative += n * (negative >= start)
@@ -899,27 +757,22 @@ def make_triplets(pids: np.ndarray, positives: int, rng: np.random.Generator) ->
 
 
 class TripletSampler:
-    """The steps of an epoch: `steps(epoch)` -> sample indices (steps, 3, T).
+    """The steps of an epoch: `steps(epoch)` -> indices (steps, 3, T): anchor, positive, negative.
 
-    Rows are anchors, positives, negatives. They depend on (seed, epoch) alone, so neither on the
-    number of ranks nor on where a run was resumed. The last, incomplete step is dropped. Raises
-    UserError where no triplet, or not one whole step, can be made.
+    They depend on (seed, epoch) alone, not on the ranks or on where a run was resumed. The last,
+    incomplete step is dropped. Raises UserError where not one whole step can be made.
     """
 
     def __init__(self, pids: Tensor, batch_size: int, positives: int, seed: int):
-        self.pids, self.batch_size, self.positives = pids.numpy(), batch_size, positives
-        self.seed = seed
+        # A copy: torch moves a tensor that is sent to another process
+        self.pids = pids.numpy().copy()
+        self.batch_size, self.positives, self.seed = batch_size, positives, seed
         ids, counts = np.unique(self.pids, return_counts=True)
-        if len(ids) < 2:
-            raise UserError(
-                f"number of identities in the training data is {len(ids)}: a triplet needs a"
-                " negative, so at least 2"
-            )
         num_triplets = int(counts[counts > 1].sum()) * positives
-        if not num_triplets:
+        if len(ids) < 2 or not num_triplets:
             raise UserError(
-                "every training identity has a single sample: a triplet needs a positive, so at"
-                " least 2"
+                f"the training data has {len(ids)} identities, {(counts > 1).sum()} of them with"
+                " more than one sample; a triplet needs two identities, one with two samples"
             )
         self.num_steps = num_triplets // batch_size
         if not self.num_steps:
@@ -935,10 +788,9 @@ class TripletSampler:
 
 
 class IdentitySampler(TripletSampler):
-    """Our own recipe's steps, of the same shape: `samples` of each of 3 * T / samples identities.
+    """Our own recipe's steps: `samples` of each of 3 * T / samples identities, in any row.
 
-    There are as many steps as TripletSampler gives, so that the two can be compared. Rows are no
-    roles here.
+    As many and of the same shape as TripletSampler gives, so that the two can be compared.
     """
 
     def __init__(self, pids: Tensor, batch_size: int, positives: int, seed: int, samples: int = 6):
@@ -948,7 +800,7 @@ class IdentitySampler(TripletSampler):
         self.num_ids, rest = divmod(3 * batch_size, samples)
         if rest or not 2 <= self.num_ids <= len(self.groups):
             raise UserError(
-                f"--sampling identities: --batch-size {batch_size} makes {3 * batch_size} images,"
+                f"--triplet hardest: --batch-size {batch_size} makes {3 * batch_size} images,"
                 f" {samples} of each of {3 * batch_size / samples:g} identities; expected a whole"
                 f" number of them from 2 to the training data's {len(self.groups)}"
             )
@@ -977,14 +829,8 @@ def share_out(batch_size: int, per_pass: int, ranks: int) -> list[list[slice]]:
             " fewer ranks"
         )
     passes = min(-(-batch_size // (ranks * per_pass)), batch_size // ranks)
-    return [even_slices(part, ranks) for part in even_slices(slice(0, batch_size), passes)]
-
-
-def even_slices(whole: slice, parts: int) -> list[slice]:
-    """A slice cut into parts whose lengths differ by one at most, longer ones first."""
-    length, rest = divmod(whole.stop - whole.start, parts)
-    ends = [whole.start + (i + 1) * length + min(i + 1, rest) for i in range(parts)]
-    return [slice(a, b) for a, b in pairwise([whole.start, *ends])]
+    shares = [np.array_split(part, ranks) for part in np.array_split(np.arange(batch_size), passes)]
+    return [[slice(int(own[0]), int(own[-1]) + 1) for own in part] for part in shares]
 
 
 # --- from uint8 to the model's input, batched, on the device
@@ -995,23 +841,32 @@ def augment(
     draws: Tensor,
     flips: tuple[float, float] = (0.5, 0.5),
     erase: float = 0.5,
+    pad: int = 0,
 ) -> dict[str, Tensor]:
-    """Horizontal and vertical flips and random erasing (Zhong et al. 2020); section 5.2.
+    """Flips and random erasing (Zhong et al. 2020; section 5.2); pad-and-crop, as the field does.
 
-    Images are uint8 (B, 3, H, W), on the device of `draws`, (B, 7), uniform in [0, 1), which decide
-    for each sample: the same for all its modalities, which are registered. An erased rectangle
-    covers 2% to 33% of the image, with an aspect of 0.3 to 3.3, and is black (published code).
+    Images are uint8 (B, 3, H, W), on the device of `draws`, (B, 9), uniform in [0, 1), which decide
+    for each sample: the same for all its modalities, which are registered. `flips`: how likely a
+    horizontal and a vertical one are. `pad`: pixels of black put around, of which a part of the
+    image's size is taken. An erased rectangle covers 2% to 33% of the image, with an aspect of 0.3
+    to 3.3, and is black (published code).
     """
-    height, width = next(iter(images.values())).shape[-2:]
+    H, W = next(iter(images.values())).shape[-2:]
     mirrored, upside_down = draws[:, 0] < flips[0], draws[:, 1] < flips[1]  # (B,)
-    hidden = rectangles(draws[:, 3:], height, width)  # (B, H, W)
-    hidden = hidden & (draws[:, 2] < erase)[:, None, None]
+    hidden = rectangles(draws[:, 3:7], H, W) & (draws[:, 2] < erase)[:, None, None]  # (B, H, W)
     augmented = {}
     for modality, image in images.items():
         if flips[0]:
             image = torch.where(mirrored[:, None, None, None], image.flip(-1), image)
         if flips[1]:
             image = torch.where(upside_down[:, None, None, None], image.flip(-2), image)
+        if pad:
+            top, left = (draws[:, 7:9] * (2 * pad + 1)).long().unbind(1)  # (B,)
+            rows = top[:, None] + torch.arange(H, device=draws.device)  # (B, H)
+            columns = left[:, None] + torch.arange(W, device=draws.device)  # (B, W)
+            sample = torch.arange(len(image), device=draws.device)[:, None, None]
+            padded = F.pad(image, (pad,) * 4).permute(0, 2, 3, 1)  # (B, H + 2 pad, W + 2 pad, 3)
+            image = padded[sample, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
         augmented[modality] = image.masked_fill(hidden[:, None], 0) if erase else image
     return augmented
 
@@ -1037,13 +892,10 @@ class Normalise:
     """
 
     def __init__(self, mean: dict, std: dict, device: torch.device):
-        def constants(values: dict) -> dict[str, Tensor]:
-            return {
-                modality: 255 * torch.tensor(channels, device=device).view(3, 1, 1)
-                for modality, channels in values.items()
-            }
-
-        self.mean, self.std = constants(mean), constants(std)
+        self.mean, self.std = (
+            {name: 255 * torch.tensor(x, device=device).view(3, 1, 1) for name, x in values.items()}
+            for values in (mean, std)
+        )
 
     def __call__(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -1052,75 +904,14 @@ class Normalise:
         }
 
 
-@runtime.program
-def main() -> None:
-    parser = runtime.Parser(__doc__)
-    text = "read every image, list everything that is wrong"
-    parser.add_argument("--check", action="store_true", required=True, help=text)
-    add_options(parser)
-    text = "draw some identities by some cameras, all sensors of a sample side by side"
-    parser.add_argument("--contact-sheet", metavar="FILE", type=Path, help=text)
-    text = "accepted by every program; nothing is drawn here"
-    parser.add_argument("--seed", type=runtime.whole(0), default=0, help=text)
-    args = parser.parse_args()
-    sheet = args.contact_sheet
-    if sheet and not (sheet.absolute().parent.is_dir() and sheet.suffix.lower() in SUFFIXES):
-        raise UserError(
-            f"--contact-sheet {sheet}: expected a picture's name in a folder that is there"
-        )
-    lines = check(
-        args.dataset, args.data_root, args.modalities, args.range, sheet=args.contact_sheet
-    )
-    print(*lines, sep="\n", end="\n" if lines else "")
-    if lines:
-        raise UserError(f"{args.data_root}: {len(lines)} things are wrong, see above")
-    print(f"{args.data_root}: nothing is wrong")
-
-
 def add_options(parser, trained: bool = False) -> None:
-    """--dataset, --data-root and --modalities; `trained`: their defaults are a checkpoint's."""
-    default = " (default: as in training)" if trained else ""
-    text = f"synthetic is rendered where it is absent{default}"
-    fallback = None if trained else "synthetic"
-    parser.add_argument("--dataset", default=fallback, choices=DATASETS, help=text)
-    text = f"the data set's folder or its parent{default}"
-    fallback = None if trained else "data"
-    parser.add_argument("--data-root", metavar="DIR", default=fallback, help=text)
+    """The options of data; `trained`: their defaults are those of a checkpoint's training."""
+    add, default = parser.add_argument, " (default: as in training)" if trained else ""
+    text = f"train.py renders the synthetic set where it is absent{default}"
+    add("--dataset", default=None if trained else "synthetic", choices=DATASETS, help=text)
+    text = f"the data set's folder or its parent; of csv, the file{default}"
+    add("--data-root", metavar="PATH", default=None if trained else "data", help=text)
     text = f"e.g. rgb,tir (default: {'all that were trained' if trained else 'all there are'})"
-    parser.add_argument("--modalities", metavar="NAMES", type=runtime.names, help=text)
-    text = f"raw values of TIR that become 0 and 255, in images of more than 8 bits{default}"
-    option = {"action": _RangeOption, "dest": "range", "type": runtime.real()}
-    parser.add_argument("--tir-range", nargs=2, metavar=("LOW", "HIGH"), help=text, **option)
-    option["type"] = _named_range
-    text = "the same of any sensors, by name"
-    parser.add_argument("--range", nargs="+", metavar="NAME=LOW,HIGH", help=text, **option)
-
-
-class _RangeOption(argparse.Action):
-    """--tir-range and --range fill one dictionary; see Ranges."""
-
-    def __call__(self, parser, args, values, option=None):
-        named = [("tir", tuple(values))] if option == "--tir-range" else values
-        for _, (low, high) in named:
-            if not low < high:
-                raise argparse.ArgumentError(
-                    self, f"expected LOW below HIGH, not {low:g} and {high:g}"
-                )
-        args.range = {**(args.range or {}), **dict(named)}
-
-
-def _named_range(text: str) -> tuple[str, tuple[float, ...]]:
-    name, _, pair = text.partition("=")
-    values = pair.split(",")
-    if not name or len(values) != 2:
-        raise argparse.ArgumentTypeError(f"expected NAME=LOW,HIGH, e.g. tir=7000,9500, not {text}")
-    return name, tuple(map(runtime.real(), values))
-
-
-def add_store_option(parser) -> None:
+    add("--modalities", nargs="+", action=runtime.Names, type=runtime.names, help=text)
     text = "disk space for decoded images (~/.cache/graft); 0: decode each time they are needed"
-    parser.add_argument("--store", metavar="GB", type=runtime.real(0), default=STORE_GB, help=text)
-
-
-if __name__ == "__main__":
-    main()
+    add("--store", metavar="GB", type=runtime.real(0), default=STORE_GB, help=text)

@@ -1,7 +1,10 @@
 """GraFT's losses (section 4): soft-margin triplets over fusion and data tokens, center loss, sum.
 
-Shapes: B triplets, N samples, D width of an embedding, C identities. Computed in float32
-throughout.
+A batch holds the anchors of B triplets, then their positives, then their negatives: N = 3B samples.
+With `--triplet hardest` it holds some samples of each of some identities, in no roles. On several
+ranks each sees its share of both; `rows` says how many samples each rank holds.
+
+Shapes: B triplets, N samples, D width of an embedding, C identities. All in float32.
 """
 
 import torch
@@ -41,12 +44,12 @@ def triplet_hardest(
 ) -> Tensor:
     """The same loss for each sample of a batch, with its farthest positive and nearest negative.
 
-    features (N, D), labels (N,). Not the paper's: Hermans et al. 2017, for `--recipe plus` and
-    HAMNet, whose `margin` is a hard one: max(0, d(a, p) - d(a, n) + margin). A sample without a
+    features (N, D), labels (N,). Not the paper's: Hermans et al. 2017, for `--recipe plus`, and for
+    HAMNet, which takes a hard `margin`: max(0, d(a, p) - d(a, n) + margin). A sample without a
     positive or without a negative in the batch is left out.
     """
     features = features.float()
-    # Not by matrix products: they lose the small distances, and their gradient at 0 is NaN.
+    # Not by matrix products: they lose the small distances, and their gradient at 0 is NaN
     pairs = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
     pairs = pairs.square() if squared else pairs
     same = labels[:, None] == labels
@@ -91,9 +94,10 @@ class CenterLoss(nn.Module):
 class GraFTLoss(nn.Module):
     """The total loss, Eq. (10): alpha * triplet + beta * center + gamma * cross-entropy.
 
-    `scheme` names the token that stands for anchor, positive and negative: F fusion, D data
+    `scheme` names the tokens that stand for anchor, positive and negative: F fusion, D data
     (section 4.3); "hardest" is ours. Cross-entropy and center loss see the fusion token, which is
-    the embedding of section 3.4, whatever the scheme (see D16).
+    the embedding of section 3.4, whatever the scheme (see D16). With `modalities`, each of these
+    gets a BNNeck and a classifier, for a loss on its own tokens.
     """
 
     def __init__(
@@ -124,44 +128,46 @@ class GraFTLoss(nn.Module):
     def forward(
         self, embeddings: Embeddings, logits: Tensor, labels: Tensor, rows: tuple[int, ...] = ()
     ) -> dict[str, Tensor]:
-        """Losses of B triplets: `loss`, `triplet`, `cross_entropy` and `center`, scalars.
+        """Scalars: `loss`, the sum that trains, and its terms before they are weighted.
 
-        embeddings of 3B samples: anchors, positives, negatives. logits (N, C) and labels (N,) of
-        the first N of them: the anchors, or all. `rows`: samples that each rank has.
+        embeddings of N samples; logits (K, C) and labels (K,) of the first K of them: the anchors,
+        or all.
         """
-        terms = {
-            "triplet": self.triplet(embeddings, labels, rows),
-            "cross_entropy": self.cross_entropy(logits, labels),
-            "center": logits.new_zeros(()),
-        }
+        triplet = self.triplet(embeddings.fusion, embeddings.data, labels, rows)
+        cross_entropy = self.cross_entropy(logits, labels)
+        center = logits.new_zeros(())
         if self.beta:
-            terms["center"] = self.center(embeddings.fusion[: len(labels)], labels)
-        loss = self.alpha * terms["triplet"] + self.beta * terms["center"]
-        return {"loss": loss + self.gamma * terms["cross_entropy"], **terms}
+            center = self.center(embeddings.fusion[: len(labels)], labels)
+        loss = self.alpha * triplet + self.beta * center  # Eq. (10)
+        loss = loss + self.gamma * cross_entropy
+        terms = {"triplet": triplet, "cross_entropy": cross_entropy, "center": center}
+        if self.heads:
+            terms["modality"] = self.of_modalities(embeddings, labels, rows)
+            loss = loss + self.modality_weight * terms["modality"]
+        return {"loss": loss, **terms}
 
     def of_modalities(
-        self, own: dict[str, Embeddings], labels: Tensor, rows: tuple[int, ...]
+        self, embeddings: Embeddings, labels: Tensor, rows: tuple[int, ...]
     ) -> Tensor:
-        """Mean of triplet loss and cross-entropy on each modality's own tokens; ours.
-
-        Each modality has a BNNeck and a classifier of its own, see --modality-losses.
-        """
+        """Mean of triplet loss and cross-entropy on each modality's own tokens; ours."""
         losses = []
-        for modality, tokens in own.items():
-            logits = self.heads[modality](tokens.fusion[: len(labels)])
-            triplet = self.triplet(tokens, labels, rows)
+        for modality, fusion in embeddings.own.items():
+            logits = self.heads[modality](fusion[: len(labels)])
+            triplet = self.triplet(fusion, embeddings.own_data[modality], labels, rows)
             losses.append(self.alpha * triplet + self.gamma * self.cross_entropy(logits, labels))
         return torch.stack(losses).mean()
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
 
-    def triplet(self, embeddings: Embeddings, labels: Tensor, rows: tuple[int, ...]) -> Tensor:
+    def triplet(
+        self, fusion: Tensor, data: Tensor, labels: Tensor, rows: tuple[int, ...]
+    ) -> Tensor:
         """Eq. (8) on the scheme's tokens, or on the hardest triplets of all ranks' samples."""
         if self.scheme == "hardest":
-            features = runtime.all_rows(embeddings.fusion, rows)
+            features = runtime.all_rows(fusion, rows)
             labels = runtime.all_rows(labels, rows)
             return triplet_hardest(features, labels, self.squared, self.margin)
-        tokens = {"F": embeddings.fusion.chunk(3), "D": embeddings.data.chunk(3)}
+        tokens = {"F": fusion.chunk(3), "D": data.chunk(3)}  # anchors, positives, negatives
         roles = [tokens[token][role] for role, token in enumerate(self.scheme)]
         return triplet_soft_margin(*roles, squared=self.squared)

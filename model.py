@@ -1,16 +1,16 @@
 """GraFT, the Gradual Fusion Transformer (section 3 of the paper): ViT, modality encoders, fusion.
 
-Shapes: B samples, M modalities, N tokens of a modality, D width, L fusion tokens, C identities,
-H heads, P patch size.
+Read it from `GraFT.forward`, which is Fig. 3. Shapes: B samples, M modalities, N tokens of a
+modality, D width, L fusion tokens, C identities, H heads, P patch size.
 """
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import runtime
 from runtime import UserError
@@ -18,43 +18,20 @@ from runtime import UserError
 # --- backbone (section 3.2)
 
 
-@dataclass(kw_only=True)
-class Traits:
-    """How the ViTs of CLIP, DINOv2 and DeiT III differ from DeiT, whose traits are the defaults."""
-
-    pre_norm: bool = False  # CLIP: normalise the blocks' input; the patch embedding has no bias
-    activation: str = "gelu"
-    norm_eps: float = 1e-6
-    layer_scale: bool = False  # multiply each block's updates by a learned vector
-    registers: int = 0  # learned tokens between CLS and patches (Darcet et al. 2024)
-    embed_class: bool = True  # the tokens before the patches have position embeddings, too
-
-
-DEIT = Traits()
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-# OpenAI trained CLIP with the approximation, so its weights need it; no file says which one it is
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-
-
 class PatchEmbed(nn.Module):
-    """Cut an image into patches, project each to the model's width: Eq. (1).
+    """Cut an image into patches and project each to the model's width: Eq. (1).
 
     (B, 3, H, W) -> (B, patches, D), row by row.
     """
 
-    def __init__(self, patch_size: int, dim: int, channels: int = 3, bias: bool = True):
+    def __init__(self, patch_size: int, dim: int, channels: int = 3):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size, bias=bias)
+        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         B, C, H, W = images.shape
         P = self.proj.kernel_size[0]
-        # The convolution as the matrix product it is: on CPUs several times as fast
+        # The convolution as the matrix product that it is: on CPUs several times as fast
         patches = images.view(B, C, H // P, P, W // P, P)  # rows and columns of patches
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
         patches = patches.reshape(B, -1, C * P * P)  # (B, patches, C * P * P)
@@ -79,71 +56,64 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int, hidden: int, activation: str = "gelu"):
+    def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.activation = ACTIVATIONS[activation]
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class LayerScale(nn.Module):
-    """(B, N, D) times a learned vector: small at first, so that deep ViTs train stably."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))  # DINOv2's start
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block, (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, head_dim: int, traits: Traits = DEIT):
+    def __init__(self, dim: int, heads: int, hidden: int, head_dim: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, traits.norm_eps)
+        self.norm1 = nn.LayerNorm(dim, 1e-6)  # DeiT's epsilon, not torch's 1e-5
         self.attn = Attention(dim, heads, head_dim)
-        self.ls1 = LayerScale(dim) if traits.layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, traits.norm_eps)
-        self.mlp = MLP(dim, hidden, traits.activation)
-        self.ls2 = LayerScale(dim) if traits.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, 1e-6)
+        self.mlp = MLP(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class Backbone(nn.Module):
-    """What is pretrained, and is frozen or trained as a whole."""
+    """What is pretrained, and frozen or trained as a whole."""
 
     frozen = False
-    checkpointing = False  # recompute blocks in the backward pass: less memory, more time
+    mean_std: tuple | None = None  # three floats each, where the weights demand a normalisation
 
     def freeze(self, frozen: bool) -> None:
-        """A frozen one has neither gradients nor a graph, and `train` leaves it in eval mode."""
+        """A frozen backbone has neither gradients nor a graph; `train` leaves it in eval mode."""
         self.frozen = frozen
         self.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(mode and not self.frozen)
 
-    def graph(self):
-        """Context of a forward pass: frozen, no graph is built at all."""
+    def graph_if_trained(self):
+        """Context of a forward pass: frozen, stage 1 has the memory and time of the encoders."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
+
+    def load(self, path: str | Path) -> list[str]:
+        """Load pretrained weights strictly; returns the names of weights left out, as heads."""
+        raise NotImplementedError
+
+    def prunable(self) -> list[nn.Module]:
+        """The layers whose weights are pruned (section 5.4)."""
+        raise NotImplementedError
 
 
 class ViT(Backbone):
     """Vision Transformer (Dosovitskiy et al. 2021), with DeiT's distillation token if `distilled`.
 
-    (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, distillation, registers, then
-    the patches row by row. Parameters are named as in timm and in the released DeiT checkpoints.
-    `traits` are those of another ViT than DeiT. `blocks` gives (heads, MLP channels) of each block
-    of a pruned one, whose heads keep their width D / `heads`. Raises UserError for sizes that do
-    not divide.
+    (B, 3, H, W) -> all tokens after the final norm, (B, N, D): CLS, distillation, then the patches
+    row by row. Parameters are named as in timm and in the released DeiT checkpoints. `blocks` gives
+    (heads, MLP channels) of each block of a pruned ViT, whose heads keep their width D / `heads`.
+    Raises UserError for sizes that do not divide.
     """
 
     def __init__(
@@ -157,39 +127,26 @@ class ViT(Backbone):
         *,
         channels=3,
         blocks=(),
-        traits=DEIT,
     ):
         super().__init__()
-        if any(side % patch_size for side in image_size):
-            size = "x".join(map(str, image_size))
-            nearest = "x".join(str(max(1, round(n / patch_size)) * patch_size) for n in image_size)
-            raise UserError(
-                f"image size {size}: patch {patch_size} does not divide both sides;"
-                f" nearest is {nearest}"
-            )
+        check_patches(image_size, patch_size)
         if dim % heads:
             raise UserError(f"width {dim}: {heads} heads do not divide it")
         self.image_size = tuple(image_size)
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.patch_embed = PatchEmbed(patch_size, dim, channels, bias=not traits.pre_norm)
+        self.patch_embed = PatchEmbed(patch_size, dim, channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
-        registers = traits.registers
-        self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        self.prefix_tokens = 1 + bool(distilled) + registers  # those before the patches
-        num_patches = self.grid[0] * self.grid[1]
-        self.num_tokens = self.prefix_tokens + num_patches
-        self.embed_class = traits.embed_class
-        positions = self.num_tokens if self.embed_class else num_patches
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
-        self.norm_pre = nn.LayerNorm(dim, traits.norm_eps) if traits.pre_norm else nn.Identity()
+        self.prefix_tokens = 1 + bool(distilled)  # those before the patches
+        self.num_tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, dim))
         sizes = blocks or [(heads, 4 * dim)] * depth
-        self.blocks = nn.ModuleList(Block(dim, *size, dim // heads, traits) for size in sizes)
-        self.norm = nn.LayerNorm(dim, traits.norm_eps)
+        self.blocks = nn.ModuleList(Block(dim, *size, dim // heads) for size in sizes)
+        self.norm = nn.LayerNorm(dim, 1e-6)
         self.init_weights()
 
     def init_weights(self) -> None:
-        for parameter in (self.cls_token, self.dist_token, self.pos_embed, self.reg_token):
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
         for layer in self.modules():
@@ -202,44 +159,69 @@ class ViT(Backbone):
         if images.shape[-2:] != self.image_size:
             found = tuple(images.shape[-2:])
             raise ValueError(f"images of {found}: the model takes {self.image_size}")
-        with self.graph():  # frozen, stage 1's memory and time are the encoders' alone
-            x = self.embed(images)  # (B, N, D)
+        with self.graph_if_trained():
+            tokens = (self.cls_token, self.dist_token)
+            prefix = [token.expand(len(images), -1, -1) for token in tokens if token is not None]
+            x = torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed  # (B, N, D)
             # After the positions are added, so that a patch that stays knows where it was
             if patch_dropout:
                 prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
                 x = torch.cat([prefix, random_patches(patches, 1 - patch_dropout)], 1)
             for block in self.blocks:
-                if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+                x = block(x)
             return self.norm(x)  # Eq. (2)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """The blocks' input: the tokens before the patches, patches, positions, (B, N, D)."""
-        tokens = (self.cls_token, self.dist_token, self.reg_token)
-        prefix = [token.expand(len(images), -1, -1) for token in tokens if token is not None]
-        patches = self.patch_embed(images)
-        if self.embed_class:
-            x = torch.cat([*prefix, patches], 1) + self.pos_embed
-        else:
-            x = torch.cat([*prefix, patches + self.pos_embed], 1)
-        return self.norm_pre(x)
+    def prunable(self) -> list[nn.Module]:
+        names = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        return [block.get_submodule(name) for block in self.blocks for name in names]
+
+    def load(self, path: str | Path) -> list[str]:
+        """Read DeiT's release ("pretrained" fetches DeiT-B's), timm's names, or a run of ours."""
+        if str(path) == "pretrained":
+            path = fetch_deit(self)
+        state, dropped, image_size = read_state(path)
+        grid = self.patch_embed.proj.kernel_size[0]
+        old = tuple(side // grid for side in image_size) if image_size else None
+        if "pos_embed" in state:
+            state["pos_embed"] = resize_pos_embed(
+                state["pos_embed"], self.prefix_tokens, old, self.grid
+            )
+        stacked = self.patch_embed.proj.in_channels // 3
+        if stacked > 1 and "patch_embed.proj.weight" in state:
+            # Early fusion stacks the modalities as channels: each starts with its share
+            weight = state["patch_embed.proj.weight"]
+            state["patch_embed.proj.weight"] = weight.repeat(1, stacked, 1, 1) / stacked
+        load_strictly(self, state, path)
+        return dropped
+
+
+def check_patches(image_size: tuple[int, int], patch_size: int) -> None:
+    """Raise UserError where patches do not fill an image (height, width)."""
+    if any(side < patch_size or side % patch_size for side in image_size):
+        size = "x".join(map(str, image_size))
+        nearest = " ".join(str(max(1, round(n / patch_size)) * patch_size) for n in image_size)
+        raise UserError(
+            f"image size {size}: patches of {patch_size} pixels do not fill it;"
+            f" the nearest size that they fill is --image-size {nearest}"
+        )
 
 
 def random_patches(patches: Tensor, share: float) -> Tensor:
-    """A random share of each image's patches, (B, patches, D) -> (B, some, D), at least one."""
+    """A random share of each image's patches, at least one: (B, patches, D) -> (B, fewer, D)."""
     B, num_patches, D = patches.shape
     count = max(1, round(share * num_patches))
-    kept = torch.rand(B, num_patches, device=patches.device).topk(count, 1).indices
-    return patches.gather(1, kept[..., None].expand(-1, -1, D))
+    chosen = torch.rand(B, num_patches, device=patches.device).topk(count, 1).indices
+    return patches.gather(1, chosen[..., None].expand(-1, -1, D))
 
 
 # --- modality encoder (sections 3.1, 5.2)
 
 
-class CrossAttention(nn.Module):
-    """torch.nn.MultiheadAttention's parameters; queries (B, Q, D) attend to tokens (B, N, D)."""
+class SelfAttention(nn.Module):
+    """torch.nn.MultiheadAttention by its parameter names, with chosen tokens as queries.
+
+    queries (B, Q, D), some of the tokens (B, N, D) -> (B, Q, D).
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -249,9 +231,6 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
-
-    # The fusion token's output is all that the loss sees, so queries are projected apart: one
-    # token's instead of all N, which is most of what an encoder layer costs
 
     def project(self, queries: Tensor, tokens: Tensor) -> list[Tensor]:
         """Queries, keys and values of each head, (B, H, Q or N, D/H)."""
@@ -265,7 +244,7 @@ class CrossAttention(nn.Module):
         x = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
-    def attention(self, queries: Tensor, tokens: Tensor) -> Tensor:
+    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """How much each query attends to each token: (B, H, Q, N), rows add up to 1."""
         q, k, _ = self.project(queries, tokens)
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
@@ -274,24 +253,25 @@ class CrossAttention(nn.Module):
 class ModalityEncoder(nn.Module):
     """One torch.nn.TransformerEncoderLayer (post-norm, ReLU): its parameter names and maths.
 
-    (B, N, D) -> (B, N, D). Given `queries` (B, Q, D), some of the tokens, only their outputs are
-    computed, (B, Q, D): each attends to all tokens, so they are the same for a fraction of the
-    work.
+    (B, N, D) -> (B, N, D). With `keep`, slices of the tokens, only those tokens' outputs are
+    computed, one slice after the other. They still attend to all tokens, so they are what the whole
+    layer would give. The losses see two of some 200 tokens: leaving the others out saves most of
+    the layer's work.
     """
 
     def __init__(self, dim: int = 768, heads: int = 8, hidden: int = 2048, dropout: float = 0.1):
         super().__init__()
         if dim % heads:
             raise UserError(f"width {dim}: {heads} encoder heads do not divide it")
-        self.self_attn = CrossAttention(dim, heads, dropout)
+        self.self_attn = SelfAttention(dim, heads, dropout)
         self.linear1 = nn.Linear(dim, hidden)
         self.linear2 = nn.Linear(hidden, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, queries: Tensor | None = None) -> Tensor:
-        x = tokens if queries is None else queries
+    def forward(self, tokens: Tensor, keep: tuple[slice, ...] = (slice(None),)) -> Tensor:
+        x = torch.cat([tokens[:, part] for part in keep], 1)
         x = self.norm1(x + self.dropout(self.self_attn(x, tokens)))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
@@ -301,7 +281,7 @@ class ModalityEncoder(nn.Module):
 
 
 @dataclass
-class GraFTConfig(Traits):
+class GraFTConfig:
     """What a model is made of; the defaults are the paper's model for RGBNT100."""
 
     modalities: tuple[str, ...] = ("rgb", "nir", "tir")
@@ -317,102 +297,61 @@ class GraFTConfig(Traits):
     dropout: float = 0.1  # torch's default; paper, 5.2
     fusion_tokens: int = 1  # paper, 5.2
     data_token: int = 0  # paper, Eq. (11)
-    test_token: str = "fusion"  # paper, Eq. (7); or "data", see D23
-    bnneck_features: bool = False  # test what leaves the BNNeck; the paper: what enters it
-    fusion: str = "graft"  # or a baseline
-    blocks: tuple[tuple[int, int], ...] = ()  # of a pruned backbone: heads, MLP channels of each
-    resnet: int = 0  # layers of HAMNet's ResNets, 18 or 50; 0: a ViT
+    fusion: str = "graft"  # or a baseline, see FUSIONS
+    blocks: tuple[tuple[int, int], ...] = ()  # of a pruned ViT: heads, MLP channels of each block
+    backbone: str = "vit"  # DeiT's; or timm:NAME, or HAMNet's resnet18 and resnet50
 
-    def __post_init__(self):
-        """Raises UserError for what no model has: a config may come from a stranger's file."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not type(field.default):
-                expected = type(field.default).__name__
-                raise UserError(f"{field.name} {value!r}: expected a {expected}")
-            if type(value) is int and not 0 <= value < 2**20:
-                raise UserError(f"{field.name} {value}: expected a number from 0 to a million")
-        tokens = max(self.fusion_tokens, self.registers)
-        largest = max(self.depth, tokens, len(self.modalities), len(self.blocks))
-        if largest > 1000:
-            raise UserError(
-                f"{largest} blocks, fusion tokens, registers or modalities: expected at most 1000"
-            )
-        resnets = " or ".join(RESNETS)
-        if self.resnet and {"resnet": self.resnet} not in RESNETS.values():
-            raise UserError(f"resnet {self.resnet}: expected {resnets}")
-        if self.resnet and self.fusion != "hamnet":
-            raise UserError(
-                f"--backbone resnet{self.resnet}: for --fusion hamnet; --fusion {self.fusion} takes"
-                " a ViT, e.g. --backbone deit-b"
-            )
-        if self.fusion == "hamnet" and not self.resnet:
-            raise UserError(f"--fusion hamnet: takes no ViT; expected --backbone {resnets}")
-        if self.activation not in ACTIVATIONS:
-            expected = " or ".join(ACTIVATIONS)
-            raise UserError(f"activation {self.activation!r}: expected {expected}")
-        if not 0 < self.norm_eps < 1:
-            raise UserError(f"norm_eps {self.norm_eps}: expected a number between 0 and 1")
-        if self.test_token not in ("fusion", "data"):
-            raise UserError(f"test token {self.test_token!r}: expected fusion or data")
-        if self.test_token == "data" and self.bnneck_features:
-            raise UserError("the data token has no BNNeck: --test-token data, or BNNeck features")
-        if self.test_token == "data" and self.fusion != "graft":
-            raise UserError(f"--test-token data: --fusion {self.fusion} has no data token")
-        if self.bnneck_features and self.fusion == "hamnet":
-            raise UserError("--bnneck-features: --fusion hamnet has no BNNeck")
+    @classmethod
+    def from_dict(cls, stored: dict) -> "GraFTConfig":
+        """The config in a checkpoint file, which may be older than this version, or a stranger's.
+
+        Raises UserError for what this version's models do not have, or for sizes that would take
+        long to build before their weights are looked for.
+        """
+        stored = dict(stored)
+        if layers := stored.pop("resnet", 0):
+            stored["backbone"] = f"resnet{layers}"
+        for name, default in OLD_FIELDS.items():
+            if stored.pop(name, default) != default:
+                raise UserError(
+                    f"{name}: a backbone of an older version; train it as --backbone timm:NAME"
+                )
+        config = cls(**{name: value for name, value in stored.items() if name not in TEST_TIME})
+        for field in fields(cls):
+            value, kind = getattr(config, field.name), type(field.default)
+            if type(value) is not kind:
+                raise UserError(f"{field.name} {value!r}: expected a {kind.__name__}")
+        counts = (config.depth, config.fusion_tokens, len(config.modalities), len(config.blocks))
+        if max(counts) > 1000:
+            raise UserError(f"{max(counts)} blocks, fusion tokens or modalities: at most 1000")
+        return config
 
 
-# encoder_hidden: as wide to ViT-S as the paper's is to ViT-B
-VIT_B = {"distilled": False}
-VIT_S = {"distilled": False, "dim": 384, "heads": 6, "encoder_hidden": 1024}
-CLIP = {"pre_norm": True, "norm_eps": 1e-5}
-DINOV2 = {"patch_size": 14, "layer_scale": True}
-DINOV2_REG4 = {**DINOV2, "registers": 4, "embed_class": False}
-DEIT3 = {"layer_scale": True, "embed_class": False}
-BACKBONES = {
-    "deit-b": {},  # DeiT-B, the defaults above
-    "small": {"dim": 192, "depth": 6, "heads": 3, "encoder_hidden": 512},  # of the synthetic set
-    "clip-b16": {**VIT_B, **CLIP, "activation": "quick_gelu"},  # OpenAI's
-    "openclip-b16": {**VIT_B, **CLIP},  # LAION's and DataComp's: the same names, another activation
-    "dinov2-s14": {**VIT_S, **DINOV2},
-    "dinov2-b14": {**VIT_B, **DINOV2},
-    "dinov2-s14-reg4": {**VIT_S, **DINOV2_REG4},
-    "dinov2-b14-reg4": {**VIT_B, **DINOV2_REG4},
-    "deit3-s16": {**VIT_S, **DEIT3},
-    "deit3-b16": {**VIT_B, **DEIT3},
-    "augreg-s16": VIT_S,
-    "augreg-b16": VIT_B,
-}
-RESNETS = {"resnet50": {"resnet": 50}, "resnet18": {"resnet": 18}}  # HAMNet's backbones
+# Of checkpoints before timm's backbones, with DeiT's values; and what was never the model's
+OLD_FIELDS = {
+    "pre_norm": False, "activation": "gelu", "norm_eps": 1e-6, "layer_scale": False,
+    "registers": 0, "embed_class": True,
+}  # fmt: skip
+TEST_TIME = ("test_token", "bnneck_features")
 
 
 class Embeddings(NamedTuple):
-    """Both (B, L * D), float32. `fusion` is the embedding, Eq. (7); `data` the sampled data token,
-    Eq. (12)."""
+    """`fusion` is the embedding, Eq. (7); `data` the sampled data token, Eq. (12); float32.
 
-    fusion: Tensor
-    data: Tensor
+    `own` and `own_data` are each modality's own tokens, (B, L * D), whose means they are; empty for
+    fusions that have none.
+    """
 
-
-def mean_over_modalities(own: list[Embeddings]) -> Embeddings:
-    fusion, data = zip(*own, strict=True)
-    return Embeddings(torch.stack(fusion).mean(0), torch.stack(data).mean(0))  # Eq. (6), (12)
-
-
-def new_head(width: int, num_ids: int) -> tuple["SyncBatchNorm1d", nn.Linear]:
-    """BNNeck (Luo et al. 2019) and classifier, neither with a bias (paper, 3.4)."""
-    bottleneck, classifier = SyncBatchNorm1d(width), nn.Linear(width, num_ids, bias=False)
-    bottleneck.bias.requires_grad_(False)
-    nn.init.normal_(classifier.weight, std=0.001)
-    return bottleneck, classifier
+    fusion: Tensor  # (B, L * D)
+    data: Tensor  # (B, L * D)
+    own: dict[str, Tensor] = {}  # noqa: RUF012
+    own_data: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class MultiModalModel(nn.Module):
     """What GraFT and its baselines share: backbone, BNNeck, classifier.
 
-    model({modality: (B, 3, H, W)}) -> Embeddings, from any of its modalities. Raises ValueError for
-    none, or for an unknown one.
+    model({modality: (B, 3, H, W)}) -> Embeddings, from any of its modalities, whatever their order.
     """
 
     def __init__(self, config: GraFTConfig, width: int):
@@ -422,33 +361,42 @@ class MultiModalModel(nn.Module):
         self.bottleneck, self.classifier = new_head(width, config.num_ids)
 
     def forward(self, images: dict[str, Tensor]) -> Embeddings:
+        raise NotImplementedError
+
+    def ordered(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The images in the model's order. Raises ValueError for none, or an unknown modality."""
         if not images or images.keys() - set(self.config.modalities):
             given, expected = ", ".join(images) or "none", ", ".join(self.config.modalities)
             raise ValueError(f"modalities {given}: the model has {expected}")
-        return mean_over_modalities(self.encode(images))
+        return {name: images[name] for name in self.config.modalities if name in images}
 
-    def encode(self, images: dict[str, Tensor]) -> list[Embeddings]:
-        """Each modality's own tokens, in the order of `images`; of a baseline without, one item."""
-        raise NotImplementedError
-
-    def new_backbone(self, channels: int = 3) -> ViT:
+    def new_backbone(self, channels: int = 3) -> Backbone:
         c = self.config
-        sizes = (c.image_size, c.patch_size, c.dim, c.depth, c.heads, c.distilled)
-        return ViT(*sizes, channels=channels, blocks=c.blocks, traits=c)
+        if not c.backbone.startswith("timm:"):
+            sizes = (c.image_size, c.patch_size, c.dim, c.depth, c.heads, c.distilled)
+            return ViT(*sizes, channels=channels, blocks=c.blocks)
+        if channels != 3:
+            raise UserError("--fusion early: stacks modalities as channels; use DeiT's ViT")
+        return runtime.imported("extras.timm_backbone.TimmViT")(
+            c.backbone.removeprefix("timm:"), c.image_size
+        )
 
     def new_encoder(self) -> ModalityEncoder:
         c = self.config
         return ModalityEncoder(c.dim, c.encoder_heads, c.encoder_hidden, c.dropout)
 
-    def tokens(self, backbone: ViT, images: Tensor) -> Tensor:
+    def tokens(self, backbone: Backbone, images: Tensor) -> Tensor:
         """A backbone's tokens of (B, 3, H, W), without the patches that a training step drops."""
         return backbone(images, self.patch_dropout if self.training else 0.0)
 
-    def extract(self, images: dict[str, Tensor]) -> Tensor:
-        """The shared backbone on the images of all modalities in one batch: (B, M, N, D)."""
-        B, M = len(next(iter(images.values()))), len(images)
+    def extract(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The shared backbone's tokens of each modality, (B, N, D), in the model's order."""
+        images = self.ordered(images)
+        # All modalities, of anchors, positives and negatives alike, in one batch
         tokens = self.tokens(self.backbone, torch.cat(list(images.values())))  # (M * B, N, D)
-        return tokens.unflatten(0, (M, B)).transpose(0, 1)
+        # Not chunk, whose sizes torch.export would fix
+        own = tokens.unflatten(0, (len(images), -1)).unbind()  # M x (B, N, D)
+        return dict(zip(images, own, strict=True))
 
     def classify(self, fusion: Tensor) -> Tensor:
         """Logits (B, C) of fusion embeddings (B, L * D), behind the BNNeck; in float32."""
@@ -456,6 +404,17 @@ class MultiModalModel(nn.Module):
         # of all identities lie close together, far from 0
         with torch.autocast(fusion.device.type, enabled=False):
             return self.classifier(self.bottleneck(fusion.float()))
+
+    def losses(
+        self, embeddings: Embeddings, labels: Tensor, criterion: nn.Module, rows: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """`criterion` of the embeddings and of the logits of the samples that have labels.
+
+        Labels are those of the first samples, the anchors, or of all. Only what is classified
+        passes the BNNeck, so its statistics are those samples' alone.
+        """
+        logits = self.classify(embeddings.fusion[: len(labels)])
+        return criterion(embeddings, logits, labels, rows)
 
     @property
     def backbones(self) -> list[Backbone]:
@@ -478,34 +437,32 @@ class GraFT(MultiModalModel):
     """L fusion tokens pass each modality's own encoder beside its data tokens (Fig. 3)."""
 
     def __init__(self, config: GraFTConfig):
-        L = config.fusion_tokens
-        super().__init__(config, L * config.dim)
+        L, D, first = config.fusion_tokens, config.dim, config.data_token
+        super().__init__(config, L * D)
         self.backbone = self.new_backbone()
         self.encoders = nn.ModuleDict({name: self.new_encoder() for name in config.modalities})
         # One for all modalities: it learns what to ask, each encoder what its sensor answers
-        self.fusion_token = nn.Parameter(torch.empty(1, L, config.dim))
+        self.fusion_token = nn.Parameter(torch.empty(1, L, D))
         nn.init.xavier_uniform_(self.fusion_token[0])
         num_tokens = self.backbone.num_tokens
-        if config.data_token > num_tokens - L:
+        if first > num_tokens - L:
             raise UserError(
-                f"data token {config.data_token}: expected 0 to {num_tokens - L}"
+                f"data token {first}: expected 0 to {num_tokens - L}"
                 f" ({num_tokens} data tokens, {L} of them taken)"
             )
+        # What the losses see of an encoder's output: the fusion tokens and L data tokens
+        self.keep = (slice(0, L), slice(L + first, 2 * L + first))
 
-    def encode(self, images: dict[str, Tensor]) -> list[Embeddings]:
-        L, first = self.config.fusion_tokens, self.config.data_token
-        data_tokens = self.extract(images)  # Eq. (1), (2): (B, M, N, D)
-        own = []
-        for i, modality in enumerate(images):
-            fusion_token = self.fusion_token.expand(len(data_tokens), -1, -1)  # (B, L, D)
-            tokens = torch.cat([fusion_token, data_tokens[:, i]], 1)  # Eq. (3): (B, L + N, D)
-            # Only the fusion tokens and L data tokens go on, so the encoder computes no others
-            sampled = data_tokens[:, i, first : first + L]
-            queries = torch.cat([fusion_token, sampled], 1)
-            z = self.encoders[modality](tokens, queries).float()  # Eq. (4): (B, 2 * L, D)
-            z_f, z_d = z[:, :L], z[:, L:]  # Eq. (5), (11)
-            own.append(Embeddings(z_f.flatten(1), z_d.flatten(1)))
-        return own  # whose mean is the embedding, Eq. (6), (7)
+    def forward(self, images: dict[str, Tensor]) -> Embeddings:
+        B, L = len(next(iter(images.values()))), self.config.fusion_tokens
+        fusion, data = {}, {}
+        for modality, data_tokens in self.extract(images).items():  # Eq. (1), (2): (B, N, D)
+            fusion_tokens = self.fusion_token.expand(B, -1, -1)  # (B, L, D)
+            tokens = torch.cat([fusion_tokens, data_tokens], 1)  # Eq. (3): (B, L + N, D)
+            z = self.encoders[modality](tokens, self.keep).float()  # Eq. (4): (B, 2 * L, D)
+            fusion[modality] = z[:, :L].flatten(1)  # Eq. (5): (B, L * D)
+            data[modality] = z[:, L:].flatten(1)  # Eq. (11)
+        return Embeddings(mean(fusion), mean(data), fusion, data)  # Eq. (6), (7); (12)
 
     @torch.no_grad()
     def attention(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -514,40 +471,164 @@ class GraFT(MultiModalModel):
         Means over heads and fusion tokens; together with what goes to the fusion tokens and to
         those before the patches they add up to 1.
         """
-        data_tokens, maps = self.extract(images), {}
+        maps = {}
         first_patch = self.config.fusion_tokens + self.backbone.prefix_tokens
-        for i, modality in enumerate(images):
-            fusion = self.fusion_token.expand(len(data_tokens), -1, -1)
-            tokens = torch.cat([fusion, data_tokens[:, i]], 1)
-            weights = self.encoders[modality].self_attn.attention(fusion, tokens).mean((1, 2))
-            maps[modality] = weights[:, first_patch:].unflatten(1, self.backbone.grid)
+        for modality, data_tokens in self.extract(images).items():
+            fusion_tokens = self.fusion_token.expand(len(data_tokens), -1, -1)
+            tokens = torch.cat([fusion_tokens, data_tokens], 1)
+            weights = self.encoders[modality].self_attn.weights(fusion_tokens, tokens)
+            maps[modality] = weights.mean((1, 2))[:, first_patch:].unflatten(1, self.backbone.grid)
         return maps
+
+
+def mean(own: dict[str, Tensor]) -> Tensor:
+    """Mean over the modalities at hand, (B, D) each."""
+    return torch.stack(list(own.values())).mean(0)
+
+
+def new_head(width: int, num_ids: int) -> tuple["SyncBatchNorm1d", nn.Linear]:
+    """BNNeck (Luo et al. 2019) and classifier, neither with a bias (paper, 3.4)."""
+    bottleneck, classifier = SyncBatchNorm1d(width), nn.Linear(width, num_ids, bias=False)
+    bottleneck.bias.requires_grad_(False)
+    nn.init.normal_(classifier.weight, std=0.001)
+    return bottleneck, classifier
+
+
+FUSIONS = {
+    "graft": "model.GraFT",
+    "cls": "baselines.NewCLS",
+    "first-cls": "baselines.FirstCLS",
+    "average": "baselines.AveragedTokens",
+    "multistream": "baselines.MultiStream",
+    "early": "baselines.EarlyFusion",
+    "late": "baselines.LateFusion",
+    "hamnet": "experiments.hamnet.HAMNet",
+}
 
 
 def build_model(config: GraFTConfig) -> MultiModalModel:
     """GraFT, or the baseline that `config.fusion` names. Raises UserError for any other name."""
-    if config.fusion == "graft":
-        return GraFT(config)
-    from baselines import BASELINES
-
-    if config.fusion not in BASELINES:
-        expected = ", ".join(("graft", *BASELINES))
+    if config.fusion not in FUSIONS:
+        expected = ", ".join(FUSIONS)
         raise UserError(f"fusion {config.fusion!r}: expected one of {expected}")
-    return BASELINES[config.fusion](config)
+    # Baselines are made of this file's parts; HAMNet and timm's backbones are optional
+    return runtime.imported(FUSIONS[config.fusion])(config)
 
 
-def load_backbone(model: nn.Module, path) -> list[str]:
-    """Load pretrained weights; see pretrained.load_backbone."""
-    import pretrained
-
-    return pretrained.load_backbone(model, path)
+# --- pretrained weights
 
 
-# --- what stands for a layer of torch's, and why
+def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
+    """Load pretrained weights into a model's backbones, strictly.
+
+    `path` is a file, or "pretrained" for the weights that the backbone's authors released. Position
+    embeddings are resized where the image size differs. Returns the names of the weights left out:
+    classifiers. Raises UserError for a file that cannot be read or is not this backbone's.
+    """
+    backbones = [module for module in model.modules() if isinstance(module, Backbone)]
+    return [backbone.load(path) for backbone in backbones][-1]
+
+
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str], tuple | None]:
+    """A ViT's weights in float32, the names of those left out, and the image size if known."""
+    checkpoint = read_weights(path)
+    state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    weights = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(w, Tensor) and w.layout is torch.strided for w in weights):
+        raise UserError(f"{path}: holds no state dict")
+    if any(name.startswith("backbone.") for name in state):  # a checkpoint of ours
+        own = {name: w for name, w in state.items() if name.startswith("backbone.")}
+        state = {name.removeprefix("backbone."): weight for name, weight in own.items()}
+    dropped = [name for name in state if name.startswith(("head.", "head_dist."))]
+    config = checkpoint.get("config")
+    image_size = config.get("image_size") if isinstance(config, dict) else None
+    return {n: w.float() for n, w in state.items() if n not in dropped}, dropped, image_size
+
+
+def read_weights(path: str | Path) -> dict:
+    """A file of weights: torch's, read without running code, or .safetensors."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return runtime.load_checkpoint(path)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path}: needs the package safetensors: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); use another copy") from None
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """load_state_dict, with a UserError that names what is missing, unknown or of another shape."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise UserError(
+            f"{path}: not the weights of this backbone: lacks {_some(missing)}, has also"
+            f" {_some(unknown)}; other ViTs than DeiT are --backbone timm:NAME"
+        )
+    for name, weight in own.items():
+        if state[name].shape != weight.shape:
+            raise UserError(
+                f"{path}: {name} has the shape {tuple(state[name].shape)}, this backbone's has"
+                f" {tuple(weight.shape)}; choose the --backbone that the file was made for"
+            )
+    module.load_state_dict(state)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more or "nothing"
+
+
+def resize_pos_embed(
+    pos_embed: Tensor, prefix: int, old: tuple[int, int] | None, new: tuple[int, int]
+) -> Tensor:
+    """Resize the patches' positions (1, prefix + old, D) to another grid (rows, columns).
+
+    `old` None: released files are of square images. Positions that do not fill the old grid stay
+    as they are, and their shape is refused later.
+    """
+    num_patches = pos_embed.shape[1] - prefix
+    rows, columns = old or [int(max(0, num_patches) ** 0.5)] * 2
+    if (rows, columns) == new or not rows * columns == num_patches > 0:
+        return pos_embed
+    grid = pos_embed[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, new, mode="bicubic", antialias=True)  # (1, D, rows, columns)
+    return torch.cat([pos_embed[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)
+
+
+def fetch_deit(vit: ViT) -> Path:
+    """DeiT-B's released file. Raises UserError for a ViT of another size."""
+    if vit.cls_token.shape[-1] != 768 or len(vit.blocks) != 12 or vit.dist_token is None:
+        raise UserError(
+            "--backbone-weights pretrained: only DeiT-B's weights are released for this ViT;"
+            " name a FILE, or none"
+        )
+    return fetch("https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_224-df68dfff.pth")
+
+
+def fetch(url: str) -> Path:
+    """A released file, fetched once into torch.hub's folder."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    try:
+        with runtime.rank0_first():
+            torch.hub.load_state_dict_from_url(url, weights_only=True)
+    except OSError as error:
+        raise UserError(
+            f"{url}: cannot be fetched ({error}); fetch it elsewhere and put it at {path}, or name"
+            " a file by --backbone-weights FILE (none: random weights)"
+        ) from None
+    return path
+
+
+# --- what replaces a layer of torch's, and why
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm1d over the samples of all ranks. torch.nn.SyncBatchNorm does so on CUDA only."""
+    """BatchNorm1d over the samples of all ranks; torch.nn.SyncBatchNorm needs CUDA for that."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, D)
         if not self.training:
@@ -555,20 +636,6 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         if len(x) < 2 and runtime.world_size() == 1:
             raise UserError("batch of 1: BatchNorm cannot train on it; raise --batch-size")
         return normalise_over_ranks(self, x)
-
-
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d over the samples and places of all ranks, so that all hold the same statistics.
-
-    On one rank torch's own kernel: a ResNet spends much of its time here.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, D, rows, columns)
-        if not self.training or runtime.world_size() == 1:
-            return super().forward(x)
-        places = x.float().movedim(1, -1)  # (B, rows, columns, D); float: bf16 would round the mean
-        normalised = normalise_over_ranks(self, places.flatten(0, 2)).view(places.shape)
-        return normalised.movedim(-1, 1).to(x.dtype)
 
 
 def normalise_over_ranks(norm: nn.Module, x: Tensor) -> Tensor:

@@ -1,18 +1,21 @@
-"""The machine's side of every program: errors, options, ranks, signals, draws, files.
+"""What every program needs of the machine: errors, options, ranks, precision, signals, files.
 
-The only room that knows torch.distributed. Under torchrun every function below serves all ranks;
-without it, one process.
+The only module that knows torch.distributed. Its functions work under torchrun, where all ranks
+call them, and without it, where one process is rank 0 of 1.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
+import pkgutil
 import platform
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 from contextlib import contextmanager, suppress
@@ -24,6 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# FFD's triplet loss vanishes to 1e-20 and below, so its gradients are denormal numbers, with which
+# Intel's CPUs compute 10 to 60 times slower. Threads inherit the setting from the one that starts
+# them, so it comes before any kernel has run
+torch.set_flush_denormal(True)
+
 # --- errors and exit codes
 
 
@@ -32,7 +40,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal was obeyed; the message says where that left things. Exit code 128 + its number."""
+    """A signal was obeyed; the message says how to continue. Exit code 128 + its number."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -42,54 +50,68 @@ class Stopped(Exception):
 def program(main):
     """Decorate a program's `main`: a mistake prints one line, and the exit code says how it ended.
 
-    0: done; 1: another rank failed; 2: a UserError; 130: Ctrl-C; 143: SIGTERM.
+    0: done; 1: another rank failed; 2: a UserError; 130: Ctrl-C; 141: nobody reads the output;
+    143: SIGTERM.
     """
 
     @functools.wraps(main)
     def guarded(*args):
-        try:
-            main(*args)
-            code = 0
-        except UserError as error:  # a reading process hands it over behind its own traceback
-            message = str(error).rpartition("runtime.UserError: ")[2].strip()
-            # Before the ranks have met, a mistake in the command line is everyone's: say it once
-            if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-                print(f"error: {message}", file=sys.stderr)
-            code = 2
-        except OSError as error:  # a name too long, a folder that cannot be read, ...
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
-        except Stopped as stopped:
-            print0(stopped, file=sys.stderr)
-            code = stopped.code
-        except KeyboardInterrupt:
-            print("interrupted: what was saved before stays", file=sys.stderr)
-            code = 130
-        except RuntimeError as error:
-            if not _lost_a_rank(error):
-                raise
-            print(f"error: rank {rank()}: another rank failed, see its own line", file=sys.stderr)
-            code = 1
-        # After a failure the other ranks may be inside a collective, and NCCL would wait for them.
+        for stream in (sys.stdout, sys.stderr):  # names of files need not be valid UTF-8
+            stream.reconfigure(errors="backslashreplace")
+        code = _exit_code(main, *args)
+        # After a failure the other ranks may be inside a collective, and NCCL would wait for them
         if code not in (1, 2):
             leave_ranks()
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
         sys.exit(code)
 
     return guarded
 
 
-def _lost_a_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because its peer is gone; gloo raises a plain RuntimeError."""
-    message = str(error)
-    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in message)
+def _exit_code(main, *args) -> int:
+    try:
+        main(*args)
+        return 0
+    except UserError as error:
+        # Before the ranks have met, all of them find the same mistake: print it once
+        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # a name too long, a folder that cannot be read, ...
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print0(stopped, file=sys.stderr)
+        return stopped.code
+    except KeyboardInterrupt:
+        print("interrupted; files written earlier are complete", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        # gloo reports a peer that is gone as a plain RuntimeError
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if world_size() == 1 or not lost:
+            raise
+        print(f"error: rank {rank()}: another rank failed, see its message", file=sys.stderr)
+        return 1
+
+
+def imported(name: str):
+    """The module, class or function of this name: for what stands in folders, and is optional.
+
+    The only imports that run from the top level upwards, each where it is used.
+    """
+    return pkgutil.resolve_name(name)
 
 
 # --- options
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with every default in the help, and a mistake as a UserError of one line."""
+    """argparse with every default in the help, and mistakes as a UserError of one line."""
 
     def __init__(self, description: str | None = None, **options):
         options = {"formatter_class": _HelpFormatter, "allow_abbrev": False, **options}
@@ -105,15 +127,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default, text = action.default, action.help or ""
-        if (
-            default is None
-            or default is False
-            or default == argparse.SUPPRESS
-            or "(default" in text
-        ):
+        if default in (None, False, argparse.SUPPRESS) or "(default" in text:
             return text
-        shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
-        return f"{text} (default: {str(shown).replace('%', '%%')})"
+        shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
 
 
 def whole(low: int, high: int = 2**63 - 1):
@@ -126,61 +143,40 @@ def real(low: float = -math.inf, high: float = math.inf):
     return _number(float, "a number", low, high)
 
 
-def _number(kind: type, name: str, low: float, high: float):
-    unbounded = high in (math.inf, 2**63 - 1)
-    expected = f"{name} of at least {low}" if unbounded else f"{name} from {low} to {high}"
-    expected = name if unbounded and low == -math.inf else expected
-
-    def read(text: str):
-        try:
+def _number(kind: type, noun: str, low: float, high: float):
+    def convert(text: str):
+        with suppress(ValueError, OverflowError):
             value = kind(text)
-            fits = math.isfinite(value) and low <= value <= high
-        except (ValueError, OverflowError):
-            fits = False
-        if not fits:
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text}")
-        return value
+            if math.isfinite(value) and low <= value <= high:
+                return value
+        bounds = f" from {low} to {high}" if high < 2**62 else f" of at least {low}"
+        bounds = bounds if low > -math.inf else ""
+        raise argparse.ArgumentTypeError(f"expected {noun}{bounds}, not {text}")
 
-    return read
+    return convert
 
 
 def names(text: str) -> tuple[str, ...]:
-    """An option's type: names separated by commas, none of them twice."""
+    """An option's type: different names, separated by commas."""
     found = tuple(name for name in text.split(",") if name)
     if not found or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"expected different names, e.g. rgb,tir, not {text!r}")
     return found
 
 
-NOUNS = {Path: "PATH", str: "FILE"}  # what the help calls an option's value
+class Names(argparse.Action):
+    """Names separated by commas, by spaces, or both."""
 
-
-def adder(group):
-    """A function that adds an option: name, default, type or choices, help, and a metavar.
-
-    Several defaults make an option of as many values, bool a flag.
-    """
-
-    def option(name: str, default, kind, text: str, metavar=None) -> None:
-        if kind is bool:
-            group.add_argument(name, action="store_true", help=text)
-            return
-        more = {"type": kind} if callable(kind) else {"choices": kind}
-        several = isinstance(default, tuple)
-        if several:
-            more["nargs"] = len(default)
-        if several or callable(kind):
-            more["metavar"] = metavar or (("STAGE1", "STAGE2") if several else NOUNS.get(kind, "N"))
-        group.add_argument(name, default=default, help=text, **more)
-
-    return option
+    def __call__(self, parser, namespace, values, option=None):
+        found = dict.fromkeys(name for part in values for name in part)
+        setattr(namespace, self.dest, tuple(found))
 
 
 def add_device_options(parser: argparse.ArgumentParser, precision: str | None = "auto") -> None:
-    """--device and --precision; `precision` None means that a checkpoint says it."""
+    """--device and --precision; with `precision` None the default is the checkpoint's."""
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     default = "" if precision else " (default: as in training)"
-    text = f"auto: bf16 where the hardware multiplies it fast, else fp32{default}"
+    text = f"auto is bf16 where the hardware multiplies it fast, else fp32{default}"
     choices = ("auto", "bf16", "fp32")
     parser.add_argument("--precision", default=precision, choices=choices, help=text)
 
@@ -194,13 +190,11 @@ def markdown(lines: list[list[str]]) -> str:
 
 # --- device and ranks
 
-_agent_store: dist.Store | None = None  # torchrun's own, which outlives a restart of its ranks
-
 
 def start(device: str = "auto", deterministic: bool = False) -> torch.device:
     """Join torchrun's process group, if there is one, and return this rank's device.
 
-    `deterministic` makes a GPU add up in the same order every time (slower); CPUs do anyway.
+    `deterministic` makes a GPU add up in the same order every time (slower); CPUs do so anyway.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -216,44 +210,35 @@ def start(device: str = "auto", deterministic: bool = False) -> torch.device:
                 " use --device cpu, or install a CUDA build of torch"
             )
         wanted, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if wanted > count:  # all ranks see it alike, before they wait for one another
+        if wanted > count:  # refused before the ranks wait for one another
             raise UserError(
                 f"torchrun: {wanted} processes on this machine, but {count} CUDA device(s);"
                 f" use --nproc_per_node={count}, or --device cpu"
             )
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
     if "RANK" in os.environ and not dist.is_initialized():
         _join_ranks(torch.device(device))
     return torch.device(device)
 
 
-def machine(device: torch.device) -> str:
-    """The name of the GPU or CPU that computes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def _join_ranks(device: torch.device) -> None:
-    global _agent_store
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        _agent_store = dist.TCPStore(address, port, world, is_master=False)
-        # After a restart gloo would find the addresses of dead ranks under the old keys, and wait.
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], _agent_store)
+        store = dist.TCPStore(address, port, world, is_master=False)
+        # The store outlives a restart of the ranks: under the old keys gloo would find the
+        # addresses of dead ranks, and wait for them
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
         rank=rank,
         world_size=world,
-        # Others wait while rank 0 renders or fetches; a rank that dies is torchrun's to notice
+        # The others wait while rank 0 renders or fetches; torchrun notices a rank that dies
         timeout=timedelta(hours=2),
         device_id=device if on_gpu else None,
     )
@@ -274,14 +259,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_rank() -> int:
+    """The rank's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+
+
 def print0(*args, file=None) -> None:
     """print, by rank 0 only."""
     if rank() == 0:
         print(*args, flush=True, file=file)
 
 
+def warn(message: str) -> None:
+    print0(f"warning: {message}", file=sys.stderr)
+
+
 def rank0_first():
-    """Rank 0 runs the block before the others: for work that leaves files which they then find."""
+    """Rank 0 runs the block before the others: for work whose files the others then find."""
     return _first(rank() == 0)
 
 
@@ -299,31 +293,7 @@ def _first(is_first: bool):
         dist.barrier()
 
 
-def local_rank() -> int:
-    """The rank's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
-
-
-def restarted(folder: Path) -> bool:
-    """Whether torchrun restarts the very run that it began in `folder`; notes that it has begun.
-
-    A folder that held another run is thereby never taken for this one's.
-    """
-    if _agent_store is None:
-        return False
-    key, attempt = f"begun in {folder.resolve()}", os.environ["TORCHELASTIC_RESTART_COUNT"]
-    begun = _agent_store.get(key).decode() if _agent_store.check([key]) else attempt
-    return begun != attempt
-
-
-def note_begun(folder: Path) -> None:
-    """This launch now writes to `folder`, and may go on there after a restart; see `restarted`."""
-    if _agent_store is not None and rank() == 0:
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        _agent_store.compare_set(f"begun in {folder.resolve()}", "", attempt)
-
-
-class _AllSum(torch.autograd.Function):
+class _AllSum(torch.autograd.Function):  # torch.distributed.nn's own is deprecated
     @staticmethod
     def forward(ctx, x):
         x = x.clone()
@@ -340,6 +310,16 @@ def all_sum(x: Tensor) -> Tensor:
     return _AllSum.apply(x) if world_size() > 1 else x
 
 
+def all_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """The ranks' x stacked along dim 0, differentiable; `rows` says how many each rank holds."""
+    if world_size() == 1:
+        return x
+    before = sum(rows[: rank()])
+    stacked = x.new_zeros(sum(rows), *x.shape[1:])
+    stacked[before : before + len(x)] = x
+    return all_sum(stacked)
+
+
 def by_rank0(compute):
     """What `compute()` returns on rank 0, on every rank: for work that would only be repeated."""
     if world_size() == 1:
@@ -347,6 +327,17 @@ def by_rank0(compute):
     result = [compute() if rank() == 0 else None]
     dist.broadcast_object_list(result)
     return result[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on some rank; all ranks ask at the same place."""
+    if world_size() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return all_sum(torch.tensor(float(flag), device=device)).item() > 0
+
+
+# --- the hardware
 
 
 def num_cores() -> int:
@@ -360,32 +351,42 @@ def default_workers() -> int:
     return max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def available_memory() -> float:
-    """Bytes that can be taken without swapping, where the system says so."""
-    path = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", path.read_text()) if path.exists() else None
-    return 1024 * int(found[1]) if found else math.inf
+def machine(device: torch.device) -> str:
+    """The name of the GPU or CPU that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"model name\s*: (.*)", _cpuinfo())
+    return found[1] if found else platform.processor() or platform.machine()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on some rank; all of them ask at the same place."""
-    if world_size() == 1:
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return all_sum(torch.tensor(float(flag), device=device)).item() > 0
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
-def all_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The ranks' x one below the other, differentiable; `rows` says how many each rank holds."""
-    if world_size() == 1:
-        return x
-    before = sum(rows[: rank()])
-    whole = x.new_zeros(sum(rows), *x.shape[1:])
-    whole[before : before + len(x)] = x
-    return all_sum(whole)
+@functools.cache
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 faster than fp32: GPUs from Ampere on, some CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and cpu_multiplies_bf16_fast(_cpuinfo())
 
 
-# --- what crosses to the device and back
+def cpu_multiplies_bf16_fast(cpuinfo: str) -> bool:
+    """The rule for CPUs, by the text of /proc/cpuinfo: AMX, or AVX512-BF16 of AMD.
+
+    Intel's AVX512-BF16 without AMX reaches half of fp32's rate. A rule on names and not a timing,
+    so that a run does not depend on what else the machine was doing; extras.bench prints both
+    rates.
+    """
+    words = set(cpuinfo.split())
+    return "amx_bf16" in words or ("avx512_bf16" in words and "AuthenticAMD" in words)
+
+
+def autocast(device: torch.device, precision: str):
+    """Context of the forward pass; `precision` is auto (bf16 where it is fast), bf16 or fp32."""
+    use_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
 
 
 def to_device(x: Tensor | dict[str, Tensor], device: torch.device):
@@ -397,36 +398,10 @@ def to_device(x: Tensor | dict[str, Tensor], device: torch.device):
     return x.to(device, non_blocking=True)
 
 
-def read(x: Tensor) -> list[float]:
-    """The values of a small tensor; on a GPU the one place where a training step waits for it."""
-    return x.tolist()
-
-
-# --- precision
-
-
-@functools.cache
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-        return bool(flags & {"amx_bf16", "avx512_bf16"})
-    return False
-
-
-def autocast(device: torch.device, precision: str):
-    """Context of the forward pass; `precision` is auto (bf16 where it is fast), bf16 or fp32."""
-    use_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
-
-
 # --- signals
 
-
 _noted: list[int] = []
+_deferring = False
 
 
 @contextmanager
@@ -434,18 +409,26 @@ def deferred_signals():
     """In the block Ctrl-C and SIGTERM are only noted, see noted_signal; also a decorator.
 
     A second Ctrl-C ends the program at once, except under torchrun, which repeats each signal.
+    Only a main thread can handle signals: in another, e.g. a notebook server's, nothing changes,
+    and neither does it within another such block.
     """
+    global _deferring
 
     def note(number: int, frame) -> None:
         if _noted and number == signal.SIGINT and "RANK" not in os.environ:
             raise KeyboardInterrupt
         _noted.append(number)
 
-    _noted.clear()
+    if _deferring or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    _deferring = True
     try:
         yield
     finally:
+        _deferring = False
+        _noted.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -455,13 +438,7 @@ def noted_signal() -> int:
     return _noted[0] if _noted else 0
 
 
-def ignore_signals(worker: int) -> None:
-    """For a reading process: a signal to the group is the main process's, which ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# --- draws: a function of (seed, what for) alone, so that resuming needs no stored state
+# --- random draws: functions of (seed, purpose) alone, so that resuming needs no stored state
 
 
 def numpy_rng(*key: int) -> np.random.Generator:
@@ -476,18 +453,13 @@ def torch_seed(*key: int) -> int:
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary_path)`, then rename: a reader finds the old file or the new."""
-    if not path.name:
-        raise UserError(f"{path}: not the name of a file to write")
+    """Call `write(temporary_path)`, then rename: a reader finds the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, outlives a power failure
-        os.close(folder)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -495,8 +467,14 @@ def write_atomically(path: Path, write) -> None:
         if not isinstance(error, (OSError, RuntimeError)):
             raise
         raise UserError(
-            f"{path}: cannot be written ({error}); the file before it is untouched"
+            f"{path}: cannot be written ({error}); what it held before is unchanged"
         ) from None
+    with suppress(OSError):  # Windows and some network file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the new name, too, survives a power failure
+        finally:
+            os.close(folder)
 
 
 def write_json(path: str | Path, content: dict | list) -> None:
@@ -508,7 +486,41 @@ def make_folder(path: Path, option: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be made ({error.strerror})") from None
+        raise UserError(f"{option} {path}: cannot be created ({error.strerror})") from None
+
+
+def check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise UserError now where a file could not be written at the end of long work."""
+    if path is None:
+        return
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(
+            f"{option} {path}: expected a file name that ends in {' or '.join(suffixes)}"
+        )
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {path}: expected a file in an existing, writable folder")
+
+
+def own_folder(path: Path):
+    """Lock a run's folder until the returned file is closed, or the process ends.
+
+    Raises UserError while another process holds it: two runs would mix their files.
+    """
+    file = open(path / ".lock", "w")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"{path}: another process is writing to this folder; choose another --out, or wait"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 class RunLog:
@@ -540,13 +552,24 @@ class RunLog:
 # --- checkpoint files
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The file that a user means: the folder of a run stands for its last.pt."""
+    path = Path(path)
+    return path / "last.pt" if path.is_dir() else path
+
+
+def fingerprint(path: str | Path) -> str:
+    """The sha256 of a checkpoint: features of different models cannot be compared."""
+    return hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomically(path, functools.partial(torch.save, checkpoint))
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a file of tensors and plain values, never code. Raises UserError for anything else."""
-    path = Path(path)
+    path = checkpoint_file(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint, e.g. runs/NAME/last.pt")
     try:
@@ -575,17 +598,13 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what torch.save does not write: compressed records, sizes beyond the file, damage."""
+    """Refuse archives that would take more memory than their size, and damaged ones.
+
+    torch.load checks neither.
+    """
     with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if any("/code/" in record.filename for record in records):
-            convert = f"torch.jit.load({str(path)!r}, map_location='cpu').state_dict()"
-            raise UserError(
-                f"{path}: a TorchScript archive, which holds code; if you trust it, convert it by"
-                f" torch.save(dict({convert}), FILE)"
-            )
-        size = sum(record.file_size for record in records)
-        if size > path.stat().st_size or any(record.compress_type for record in records):
+        size = sum(record.file_size for record in archive.infolist())
+        if size > path.stat().st_size:
             raise UserError(
                 f"{path}: its records claim {size} bytes; expected a file as torch.save writes it"
             )

@@ -1,16 +1,15 @@
 """Export a checkpoint to one ONNX file, which needs neither this code nor torch.
 
-python -m extras.export runs/synthetic/last.pt --out model.onnx
+python -m extras.export runs/synthetic --out model.onnx
 
-Inputs, by modality: uint8 RGB images (B, 3, H, W), or float32 from 0 to 1 with --float. Output:
-`embedding` (B, D), float32, L2-normalised, what evaluate.py ranks. B is free; the normalisation is
-in the graph. The file's metadata say the rest: modalities, image_size, input, precision, model
-(sha256 of the checkpoint), and ranges (JSON) where training had --tir-range or --range.
+Inputs, one a modality, by its name: uint8 RGB images (B, 3, H, W), or float32 from 0 to 1 with
+--float. Output: `embedding` (B, D), float32, L2-normalised, what evaluate.py ranks. B is free; the
+normalisation is in the graph. The file's metadata say the rest: modalities (in the model's order),
+image_size, input, precision, model (sha256 of the checkpoint).
 """
 
 import argparse
 import importlib
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 import evaluate
 import runtime
-from extras.search import fingerprint
 from runtime import UserError
 
 LARGEST_FILE = 2**31 - 2**20  # bytes: protobuf's limit, less what is not weights
@@ -33,14 +31,13 @@ BATCH_SIZES = (1, 5)  # that are compared; the graph is traced with another one
 class Exported(nn.Module):
     """Images as they are read -> embeddings, by an Embedder; positional, as ONNX has its inputs."""
 
-    def __init__(self, embedder: evaluate.Embedder, modalities: tuple[str, ...], kind: str):
+    def __init__(self, embedder: evaluate.Embedder, modalities: tuple[str, ...], scale: float):
         super().__init__()
         self.model, self.embedder = embedder.model, embedder
-        self.modalities, self.scale = modalities, 255 if kind == "float" else 1
-        self.dtype = torch.float32
+        self.modalities, self.scale, self.dtype = modalities, scale, torch.float32
 
     def half(self) -> "Exported":
-        """Half precision, but for the images' range and for what happens behind the encoders."""
+        """Half precision, but for the images' range and for what comes after the encoders."""
         self.dtype = torch.float16
         super().half()
         self.model.bottleneck.float()
@@ -50,29 +47,29 @@ class Exported(nn.Module):
         named = zip(self.modalities, images, strict=True)
         images = {modality: self.scale * image.float() for modality, image in named}
         images = self.embedder.normalise(images)
-        return self.embedder.features({name: x.to(self.dtype) for name, x in images.items()})
+        return self.embedder.features_of({name: x.to(self.dtype) for name, x in images.items()})
 
 
-def random_images(exported: Exported, batch_size: int, seed: int) -> list[Tensor]:
-    """uint8 images of each modality, or what they are as floats from 0 to 1.
+def random_images(exported: Exported, batch_size: int) -> list[Tensor]:
+    """uint8 images of each modality, or the same as floats from 0 to 1.
 
     Noise of any brightness and tint: plain noise looks so much alike to a model (cosine 0.98) that
     a graph which mixes up samples or modalities could pass the check.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(batch_size)
     shape = (len(exported.modalities), batch_size, 3, *exported.model.config.image_size)
     light = torch.rand(*shape[:3], 1, 1, generator=generator)
     images = (256 * light * torch.rand(shape, generator=generator)).to(torch.uint8)
-    return list(images if exported.scale == 1 else images / 255)
+    return list(images if exported.scale == 1 else images / exported.scale)
 
 
 @torch.no_grad()
 def to_onnx(exported: Exported, metadata: dict[str, str]) -> bytes:
     """The ONNX file's content. Raises UserError where torch cannot export the model."""
-    images = tuple(random_images(exported, 3, 0))
+    images = tuple(random_images(exported, 3))
     batch = torch.export.Dim("batch", min=1)
     sizes = (tuple({0: batch} for _ in images),)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.disable(logging.ERROR)  # torch's own, at length, of what is one line below
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,10 +80,10 @@ def to_onnx(exported: Exported, metadata: dict[str, str]) -> bytes:
         onnx.model.metadata_props.update(metadata)
         return onnx.model_proto.SerializeToString()
     except Exception as error:  # the errors of torch's exporter have no common type
-        fusion, reason = exported.model.config.fusion, " ".join(str(error).split())[:300]
+        config, reason = exported.model.config, " ".join(str(error).split())[:300]
         raise UserError(
-            f"a model with --fusion {fusion} cannot be exported by torch {torch.__version__}:"
-            f" {type(error).__name__}: {reason}"
+            f"a model with --fusion {config.fusion} and backbone {config.backbone} cannot be"
+            f" exported by torch {torch.__version__}: {type(error).__name__}: {reason}"
         ) from None
 
 
@@ -109,19 +106,17 @@ def run_onnx(content: bytes, inputs: dict[str, np.ndarray]) -> Tensor:
 
 
 def check(content: bytes, exported: Exported, expected: list[Tensor]) -> None:
-    """Raises UserError where onnxruntime's embeddings of random images are not as `expected`."""
+    """Raise UserError where onnxruntime's embeddings of random images are not as `expected`."""
     half = exported.dtype == torch.float16
     name, limit = ("1 - cosine", HALF_TOLERANCE) if half else ("difference", TOLERANCE)
     for batch_size, right in zip(BATCH_SIZES, expected, strict=True):
-        images = random_images(exported, batch_size, batch_size)
-        named = zip(exported.modalities, images, strict=True)
-        found = run_onnx(content, {modality: image.numpy() for modality, image in named})
+        images = zip(exported.modalities, random_images(exported, batch_size), strict=True)
+        found = run_onnx(content, {modality: image.numpy() for modality, image in images})
         if found.shape != right.shape:
             shapes = f"{tuple(found.shape)}, expected {tuple(right.shape)}"
             raise UserError(f"onnxruntime gives embeddings of {shapes}; nothing is written")
         cosine = (found.double() * right.double()).sum(1)
-        error = 1 - cosine if half else (found - right).abs()
-        largest = error.max().item()
+        largest = (1 - cosine if half else (found - right).abs()).max().item()
         print(f"batch of {batch_size}: largest {name} to PyTorch in fp32 {largest:.1e}")
         if not largest <= limit:  # NaN, too
             raise UserError(
@@ -144,39 +139,31 @@ def need_packages() -> None:
 
 def parse() -> argparse.Namespace:
     parser = runtime.Parser(__doc__, prog="python -m extras.export")
-    text = "written by train.py or prune.py, e.g. runs/synthetic/last.pt"
-    parser.add_argument("checkpoint", metavar="CKPT", help=text)
-    add = runtime.adder(parser)
-    add("--out", Path("model.onnx"), Path, "file to write")
+    add = parser.add_argument
+    text = "written by train.py or prune.py: a file, or a run's folder for its last.pt"
+    add("checkpoint", metavar="CKPT", help=text)
+    text = "file to write, beside which nothing else is needed"
+    add("--out", type=Path, default=Path("model.onnx"), metavar="FILE", help=text)
     text = "e.g. rgb,tir: the inputs of the file (default: all that were trained)"
-    add("--modalities", None, runtime.names, text, "NAMES")
-    add("--float", False, bool, "inputs are float32 from 0 to 1 instead of uint8")
-    add("--fp16", False, bool, "weights and arithmetic in half precision: half the file")
-    text = "accepted by every program; the check's images are always the same"
-    add("--seed", 0, runtime.whole(0), text)
-    args = parser.parse_args()
-    if args.out.suffix != ".onnx":
-        raise UserError(f"--out {args.out}: expected a name as model.onnx")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: its folder does not exist; make it first")
-    return args
+    add("--modalities", type=runtime.names, metavar="NAMES", help=text)
+    text = "fusion tokens (paper), what leaves the BNNeck, or data tokens (default: as in training)"
+    add("--features", choices=evaluate.FEATURES, help=text)
+    add("--float", action="store_true", help="inputs are float32 from 0 to 1 instead of uint8")
+    text = "weights and arithmetic in half precision: half the file"
+    add("--fp16", action="store_true", help=text)
+    return parser.parse_args()
 
 
 @runtime.program
 def main() -> None:
     args = parse()
+    runtime.check_output(args.out, "--out", (".onnx",))
     need_packages()
-    print("settings:", vars(args))
-    cpu = torch.device("cpu")
-    embedder, checkpoint = evaluate.load_embedder(args.checkpoint, cpu, precision="fp32", workers=0)
+    options = {"precision": "fp32", "workers": 0, "features": args.features}
+    embedder = evaluate.load_embedder(args.checkpoint, "cpu", **options)
     config = embedder.model.requires_grad_(False).config
-    modalities = args.modalities or config.modalities
-    if unknown := [modality for modality in modalities if modality not in config.modalities]:
-        trained = ",".join(config.modalities)
-        raise UserError(f"--modalities {','.join(unknown)}: the model was trained on {trained}")
-    # In the model's order, in which baselines concatenate them
-    modalities = tuple(modality for modality in config.modalities if modality in modalities)
-    exported = Exported(embedder, modalities, "float" if args.float else "uint8")
+    modalities = evaluate.in_order(args.modalities or config.modalities, config)
+    exported = Exported(embedder, modalities, 255 if args.float else 1)
     size = sum(x.numel() for x in exported.parameters()) * (2 if args.fp16 else 4)
     if size > LARGEST_FILE:
         raise UserError(
@@ -184,22 +171,21 @@ def main() -> None:
             " --fp16, or a smaller model"
         )
     with torch.no_grad():
-        expected = [exported(*random_images(exported, size, size)) for size in BATCH_SIZES]
+        expected = [exported(*random_images(exported, size)) for size in BATCH_SIZES]
     metadata = {
         "modalities": ",".join(modalities),
         "image_size": "x".join(map(str, config.image_size)),
         "input": "float32, 0 to 1" if args.float else "uint8, 0 to 255",
         "precision": "fp16" if args.fp16 else "fp32",
-        "model": fingerprint(args.checkpoint),
+        "model": runtime.fingerprint(args.checkpoint),
     }
-    if ranges := checkpoint["settings"].get("range"):  # images come scaled by them
-        metadata["ranges"] = json.dumps(ranges)
+    print("exporting, which takes a minute for a ViT-B")
     content = to_onnx(exported.half() if args.fp16 else exported, metadata)
     check(content, exported, expected)
     with runtime.deferred_signals():  # so that none leaves a temporary file
         runtime.write_atomically(args.out, lambda temporary: temporary.write_bytes(content))
-    size = "x".join(map(str, config.image_size))
-    print(f"{args.out}: {', '.join(modalities)} of {size}, {len(content) / 2**20:.1f} MiB")
+    inputs = f"{', '.join(modalities)} of {metadata['image_size']}"
+    print(f"{args.out}: {inputs}, {len(content) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

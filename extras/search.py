@@ -1,20 +1,25 @@
-"""Search for an object: embed a folder of images once, then ask which samples show the same object.
+"""Search for an object: embed a folder of photos once, then ask which of them show the same object.
 
-python -m extras.search CKPT index FOLDER --out gallery.npz             FOLDER/MODALITY/NAME.jpg
-python -m extras.search CKPT query gallery.npz rgb=a.jpg tir=b.jpg      prints and draws the best
+python -m extras.search CKPT index FOLDER --out gallery.npz        FOLDER/MODALITY/NAME.jpg
+python -m extras.search CKPT query gallery.npz rgb=a.jpg tir=b.jpg
 
-A sample may lack modalities; its files have the same name. gallery.npz holds plain arrays: features
-(N, D), float32, L2-normalised, so that their product is the cosine; names (N,); files (N, M), ""
-where a modality is absent; modalities (M,).
+The photos of one sample have the same name in the folders of its modalities; a sample may lack
+some. A modality that comes again begins the next query: rgb=a.jpg rgb=b.jpg are two.
+
+gallery.npz holds plain arrays: features (N, D), float32, L2-normalised, so that their products are
+cosines; names (N,); files (N, M), "" where a modality is absent; modalities (M,); model.
 """
 
 import argparse
-import hashlib
 import json
 import math
+import os
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import data
 import evaluate
@@ -22,56 +27,85 @@ import runtime
 from extras import pictures
 from runtime import UserError, real, whole
 
-THRESHOLD_FILE = "threshold.json"  # beside a checkpoint
+DEPTH = 8  # folders below each other that are searched for photos
+
+Photos = dict[str, Path]  # a sample's, by modality
+
+# --- index
 
 
-def find_samples(folder: Path, modalities: tuple[str, ...]) -> list[data.Sample]:
-    """The samples of FOLDER/MODALITY/**, paired by their path without MODALITY and suffix."""
-    files: dict[str, dict[str, tuple[Path, None]]] = {}
-    for modality in modalities:
-        for path in sorted((folder / modality).rglob("*")):
-            if path.suffix.lower() not in data.SUFFIXES:
-                continue
-            name = path.relative_to(folder / modality).with_suffix("").as_posix()
-            sample = files.setdefault(name, {})
-            if modality in sample:
-                twin = sample[modality][0].name
-                raise UserError(f"{path}: the same sample as {twin}; remove one of them")
-            sample[modality] = (path, None)
-    if not files:
+def find_samples(folder: Path, modalities: tuple[str, ...]) -> dict[str, Photos]:
+    """The samples of FOLDER/MODALITY/**, by their path without MODALITY and suffix.
+
+    Warns of what was not taken. Raises UserError where nothing was.
+    """
+    samples, not_taken = defaultdict(dict), []
+    entries = data.walk(folder, DEPTH, "|".join(modalities)) if folder.is_dir() else ()
+    for path, entry in entries:
+        modality, _, rest = path.partition("/")
+        stem, suffix = os.path.splitext(rest)
+        photos = samples[data.printable(stem)]
+        if suffix.lower() in data.SUFFIXES and entry.is_file() and modality not in photos:
+            photos[modality] = Path(entry.path)
+        else:
+            twin = photos.get(modality)
+            not_taken.append(path + (f" (the same sample as {twin.name})" if twin else ""))
+    if not_taken:
+        more = ", ..." if len(not_taken) > 3 else ""
+        text = f"{len(not_taken)} files or folders were not taken: {', '.join(not_taken[:3])}{more}"
+        runtime.warn(f"{folder}: {text}; files are read that end in {' '.join(data.SUFFIXES)}")
+    samples = {name: photos for name, photos in sorted(samples.items()) if photos}
+    if not samples:
         expected = ", ".join(modalities)
         raise UserError(
             f"{folder}: no images; expected {folder}/MODALITY/NAME.jpg, MODALITY one of {expected}"
         )
-    return [data.Sample(name, 0, 0, images) for name, images in sorted(files.items())]
+    return samples
 
 
-def make_split(samples: list[data.Sample], embedder: evaluate.Embedder, args) -> data.Split:
-    config = embedder.model.config
-    return data.Split(samples, config.modalities, config.image_size, ranges=args.range)
+def read_photos(photos: Photos, size: tuple[int, int]) -> dict[str, Tensor]:
+    """The photos that can be read; warns of the others."""
+    images = {}
+    for modality, path in photos.items():
+        try:
+            images[modality] = evaluate.read_photo(path, size)
+        except UserError as error:
+            runtime.warn(str(error))
+    return images
 
 
-def fingerprint(path: str) -> str:
-    """Of a checkpoint file: features of different models cannot be compared."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def embed(
+    samples: dict[str, Photos], embedder: evaluate.Embedder
+) -> tuple[dict[str, Photos], Tensor]:
+    """The samples without the photos that cannot be read, and their features (N, D)."""
+    size, kept, features, batch = embedder.model.config.image_size, {}, [], []
+    # Threads read, not processes: each photo has its own fate, and no shared memory is needed
+    read = data.in_threads(lambda photos: read_photos(photos, size), [*samples.values()], "reading")
+    for (name, photos), images in zip(samples.items(), read, strict=True):
+        if images:
+            kept[name] = {modality: photos[modality] for modality in images}
+            batch.append(images)
+        if len(batch) == evaluate.BATCH_SIZE:
+            features.append(embedder(batch))
+            batch = []
+    if unreadable := sum(map(len, samples.values())) - sum(map(len, kept.values())):
+        runtime.warn(f"{unreadable} photos could not be read and are left out")
+    if not kept:
+        raise UserError("no photo could be read, see above")
+    return kept, torch.cat([*features, embedder(batch)])
 
 
 def index(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
     modalities = embedder.model.config.modalities
-    if args.out.suffix != ".npz":
-        raise UserError(f"--out {args.out}: expected a name as gallery.npz")
-    samples = find_samples(args.folder, modalities)
-    features = embedder.embed(make_split(samples, embedder, args)).numpy()
-    files = [
-        [str(sample.images[m][0].resolve()) if m in sample.images else "" for m in modalities]
-        for sample in samples
-    ]
+    runtime.check_output(args.out, "--out", (".npz",))
+    samples, features = embed(find_samples(args.folder, modalities), embedder)
+    files = [[str(p[m].absolute()) if m in p else "" for m in modalities] for p in samples.values()]
     arrays = {
-        "features": features,
-        "names": np.array([sample.name for sample in samples]),
+        "features": features.numpy(),
+        "names": np.array([*samples]),
         "files": np.array(files),
         "modalities": np.array(modalities),
-        "model": np.array(fingerprint(args.checkpoint)),
+        "model": np.array(runtime.fingerprint(args.checkpoint)),
     }
 
     def write(temporary: Path) -> None:
@@ -79,9 +113,11 @@ def index(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
             np.savez(file, **arrays)
 
     runtime.write_atomically(args.out, write)
-    counts = ", ".join(f"{sum(m in s.images for s in samples)} with {m}" for m in modalities)
-    width = features.shape[1]
-    print(f"{args.out}: {len(samples)} samples ({counts}), features of width {width}")
+    counts = ", ".join(f"{sum(m in p for p in samples.values())} with {m}" for m in modalities)
+    print(f"{args.out}: {len(samples)} samples ({counts}), features of width {features.shape[1]}")
+
+
+# --- query
 
 
 def read_gallery(path: Path, checkpoint: str, width: int) -> dict[str, np.ndarray]:
@@ -89,44 +125,48 @@ def read_gallery(path: Path, checkpoint: str, width: int) -> dict[str, np.ndarra
     if not path.is_file():
         command = f"python -m extras.search CKPT index FOLDER --out {path}"
         raise UserError(f"{path}: no such file; make it by: {command}")
-    names = ("features", "names", "files", "modalities", "model")
     try:
         with np.load(path, allow_pickle=False) as file:
-            gallery = {name: file[name] for name in names}
-        if str(gallery["model"]) != fingerprint(checkpoint):
-            raise UserError(
-                f"{path}: was embedded by another model than {checkpoint}; make it anew"
-            )
+            gallery = {name: file[name] for name in ("features", "names", "files", "modalities")}
+            model = str(file["model"])
         N, M = gallery["files"].shape
         shapes = [gallery[name].shape for name in ("features", "names", "modalities")]
-        if shapes != [(N, width), (N,), (M,)]:
-            raise ValueError("its arrays do not fit one another")
-    except UserError:
-        raise
+        fits = shapes == [(N, width), (N,), (M,)]
     except Exception as error:  # numpy's and zipfile's errors have no common type
-        reason = str(error)[:200]
         raise UserError(
-            f"{path}: not a gallery as extras.search index writes it ({reason}); make it anew"
+            f"{path}: not a gallery as extras.search index writes it ({str(error)[:200]}); make it"
+            " anew"
         ) from None
+    if model != runtime.fingerprint(checkpoint) or not fits:
+        raise UserError(f"{path}: was embedded by another model than {checkpoint}; make it anew")
     return gallery
 
 
-def read_query(words: list[str], modalities: tuple[str, ...]) -> data.Sample:
-    """The sample that MODALITY=FILE words describe."""
-    images: dict[str, tuple[Path, None]] = {}
+def read_queries(words: list[str], modalities: tuple[str, ...]) -> list[Photos]:
+    """The samples that MODALITY=FILE words describe; a modality that comes again begins the next.
+
+    Raises UserError for other words.
+    """
+    queries: list[Photos] = [{}]
     for word in words:
         modality, _, path = word.partition("=")
-        if modality not in modalities or not path or modality in images:
+        if modality not in modalities or not path:
             expected = " ".join(f"{m}=FILE" for m in modalities)
-            raise UserError(f"{word}: expected some of {expected}, each once")
-        images[modality] = (Path(path), None)
-    ordered = {modality: images[modality] for modality in modalities if modality in images}
-    return data.Sample("query", 0, 0, ordered)
+            raise UserError(f"{word}: expected some of {expected}")
+        if modality in queries[-1]:
+            queries.append({})
+        queries[-1][modality] = Path(path)
+    return queries
 
 
-def read_threshold(checkpoint: str) -> tuple[float, list[str]]:
+def threshold_file(checkpoint: str | Path) -> Path:
+    """Where extras.verify keeps the threshold that it chose for a checkpoint."""
+    return runtime.checkpoint_file(checkpoint).with_name("threshold.json")
+
+
+def read_threshold(checkpoint: str | Path) -> tuple[float, list[str]]:
     """The threshold that extras.verify chose for this checkpoint, and the modalities it is for."""
-    path = Path(checkpoint).with_name(THRESHOLD_FILE)
+    path = threshold_file(checkpoint)
     command = f"python -m extras.verify {checkpoint} --fmr 1e-2 --calibrate-on DIR"
     if not path.is_file():
         raise UserError(f"{path}: no such file; make it by {command}, or give --threshold VALUE")
@@ -139,7 +179,7 @@ def read_threshold(checkpoint: str) -> tuple[float, list[str]]:
         raise UserError(
             f"{path}: not a threshold of extras.verify ({error!r}); make it anew by {command}"
         ) from None
-    if chosen.get("checkpoint") != fingerprint(checkpoint):
+    if chosen.get("checkpoint") != runtime.fingerprint(checkpoint):
         raise UserError(
             f"{path}: was chosen for another model than {checkpoint}; make it anew by {command}"
         )
@@ -147,77 +187,92 @@ def read_threshold(checkpoint: str) -> tuple[float, list[str]]:
 
 
 def query(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
-    config = embedder.model.config
+    modalities = embedder.model.config.modalities
+    runtime.check_output(args.json, "--json")
+    runtime.check_output(args.picture, "--picture", (".png", ".jpg", ".jpeg"))
+    queries = read_queries(args.images, modalities)
     gallery = read_gallery(args.gallery, args.checkpoint, embedder.model.width)
-    asked = read_query(args.images, config.modalities)
     threshold = args.threshold
     if threshold is True:  # given without a value
-        threshold, modalities = read_threshold(args.checkpoint)
-        present = set(modalities) == set(asked.images) == set(gallery["modalities"].tolist())
-        if not present or (gallery["files"] == "").any():
-            names = ", ".join(modalities)
-            print(f"the threshold is for samples of {names}: for others its rate is not known")
-    similarity = (
-        gallery["features"] @ embedder.embed(make_split([asked], embedder, args))[0].numpy()
-    )
-    best = np.argsort(-similarity, kind="stable")[: args.top]
-    matches = np.zeros(len(similarity), bool) if threshold is None else similarity >= threshold
-    verdicts = np.where(matches, "match  ", "       " if threshold is not None else "")
-    print(f"{'rank':>4}  similarity  {'' if threshold is None else '       '}name")
-    for position, i in enumerate(best, 1):
-        print(f"{position:>4}  {similarity[i]:>10.3f}  {verdicts[i]}{gallery['names'][i]}")
+        threshold, expected = read_threshold(args.checkpoint)
+        if (gallery["files"] == "").any() or any(set(q) != set(expected) for q in queries):
+            names = ", ".join(expected)
+            print(f"the threshold is for samples of {names}; for others its error rate is unknown")
+    similarities = embedder(queries).numpy() @ gallery["features"].T
+    results = []
+    for photos, similarity in zip(queries, similarities, strict=True):
+        best = []
+        for i in np.argsort(-similarity, kind="stable")[: args.top]:
+            files = zip(gallery["modalities"].tolist(), gallery["files"][i].tolist(), strict=True)
+            found = {"name": str(gallery["names"][i]), "similarity": float(similarity[i])}
+            best.append({**found, "files": {modality: file for modality, file in files if file}})
+        answer = {"query": {m: str(path) for m, path in photos.items()}, "best": best}
+        if threshold is not None:
+            answer["matches"] = int((similarity >= threshold).sum())
+            for found in best:
+                found["match"] = found["similarity"] >= threshold
+        print_result(answer, threshold, len(similarity))
+        results.append(answer)
+    if args.json:
+        runtime.write_json(args.json, {"threshold": threshold, "queries": results})
+        print(f"{args.json}: the results")
+    if args.picture:
+        draw(args.picture, results, modalities, embedder.model.config.image_size)
+        print(f"{args.picture}: each query with its best")
+
+
+def print_result(answer: dict, threshold: float | None, size: int) -> None:
+    print("query " + " ".join(f"{m}={path}" for m, path in answer["query"].items()))
+    column = "       " if threshold is not None else ""
+    print(f"{'rank':>4}  similarity  {column}name")
+    for rank, found in enumerate(answer["best"], 1):
+        verdict = "match  " if found.get("match") else column
+        print(f"{rank:>4}  {found['similarity']:>10.3f}  {verdict}{found['name']}")
     if threshold is not None:
-        count = int(matches.sum()) or "none"
-        print(f"{count} of {len(matches)} samples match: similarity of {threshold:.4f} or more")
-    shown = [(i, similarity[i], matches[i]) for i in best]
-    split = make_split([asked, *(in_gallery(gallery, i) for i in best)], embedder, args)
-    draw(args.picture, split, shown)
-    print(f"{args.picture}: the query and its {len(best)} best")
+        count = answer["matches"] or "none"
+        print(f"{count} of {size} samples match: similarity of {threshold:.4f} or more")
 
 
-def in_gallery(gallery: dict, i: int) -> data.Sample:
-    files = zip(gallery["modalities"], gallery["files"][i], strict=True)
-    images = {str(modality): (Path(file), None) for modality, file in files if file}
-    return data.Sample(str(gallery["names"][i]), 0, 0, images)
+def draw(path: Path, results: list[dict], modalities: tuple[str, ...], size) -> None:
+    """A row for each query: its photos, then the best of the gallery, matches framed in colour."""
+    rows = []
+    for answer in results:
+        row = [pictures.Cell(read_photos(answer["query"], size), ("query", ""))]
+        for rank, found in enumerate(answer["best"], 1):
+            lines = (f"{rank}. {found['name'][-24:]}", f"similarity {found['similarity']:.3f}")
+            colour = pictures.MATCH if found.get("match") else pictures.PLAIN
+            row.append(pictures.Cell(read_photos(found["files"], size), lines, colour))
+        rows.append(row)
+    pictures.sheet(rows, modalities, path)
 
 
-def draw(path: Path, split: data.Split, best: list[tuple]) -> None:
-    """The query, then the best of the gallery (place, similarity, whether it matches: green)."""
-    cells = [pictures.Cell(split[0][0], ("query", ""))]
-    for position, (_, similarity, match) in enumerate(best, 1):
-        name = split.samples[position].name[-24:]
-        lines = (f"{position}. {name}", f"similarity {similarity:.3f}")
-        colour = pictures.RIGHT if match else pictures.PLAIN
-        cells.append(pictures.Cell(split[position][0], lines, colour))
-    pictures.sheet([cells], split.modalities, path)
+# --- command line
 
 
 def parse() -> argparse.Namespace:
     parser = runtime.Parser(__doc__, prog="python -m extras.search")
-    text = "written by train.py or prune.py, e.g. runs/synthetic/last.pt"
+    text = "written by train.py or prune.py: a file, or a run's folder for its last.pt"
     parser.add_argument("checkpoint", metavar="CKPT", help=text)
     common = argparse.ArgumentParser(add_help=False)
-    runtime.add_device_options(common)
-    text = "reading processes (default: a core each, at most 8)"
-    common.add_argument("--workers", type=whole(0), help=text)
-    text = "accepted by every program; nothing is drawn here"
-    common.add_argument("--seed", type=whole(0), default=0, help=text)
+    runtime.add_device_options(common, precision=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("index", parents=[common], help="embed a folder")
+    text = "embed a folder; COMMAND --help lists a command's options"
+    command = commands.add_parser("index", parents=[common], help=text)
     text = "holds a folder for each modality"
     command.add_argument("folder", metavar="FOLDER", type=Path, help=text)
     command.add_argument("--out", type=Path, default=Path("gallery.npz"), help="file to write")
     command.set_defaults(run=index)
-    command = commands.add_parser("query", parents=[common], help="search in it")
+    command = commands.add_parser("query", parents=[common], help="search in what was embedded")
     text = "written by index, e.g. gallery.npz"
     command.add_argument("gallery", metavar="GALLERY", type=Path, help=text)
-    text = "photos of the object, e.g. rgb=a.jpg tir=b.jpg"
+    text = "photos of the object, e.g. rgb=a.jpg tir=b.jpg; a modality again: the next query"
     command.add_argument("images", metavar="MODALITY=FILE", nargs="+", help=text)
-    command.add_argument("--top", type=whole(1), default=10, help="matches to show")
-    command.add_argument("--picture", type=Path, default=Path("search.png"), help="file to draw")
-    text = f"from which similarity on it is a match (without a value: {THRESHOLD_FILE}'s)"
     add = command.add_argument
+    add("--top", type=whole(1), default=10, help="how many of the best to show")
+    text = "similarity from which on it is a match (without a value: the one that verify chose)"
     add("--threshold", nargs="?", const=True, type=real(-1, 1), metavar="VALUE", help=text)
+    add("--json", type=Path, metavar="FILE", help="write the results")
+    add("--picture", type=Path, metavar="FILE", help="draw each query with its best")
     command.set_defaults(run=query)
     return parser.parse_args()
 
@@ -225,11 +280,7 @@ def parse() -> argparse.Namespace:
 @runtime.program
 def main() -> None:
     args = parse()
-    print("settings:", {name: value for name, value in vars(args).items() if name != "run"})
-    device = runtime.start(args.device)
-    options = {"precision": args.precision, "workers": args.workers}
-    embedder, checkpoint = evaluate.load_embedder(args.checkpoint, device, **options)
-    args.range = checkpoint["settings"].get("range")  # the sensors are those of training
+    embedder = evaluate.load_embedder(args.checkpoint, args.device, precision=args.precision)
     args.run(args, embedder)
 
 

@@ -4,27 +4,25 @@ python -m extras.tune --trials 30                                          on th
 python -m extras.tune --dataset rgbnt100 --data-root DIR --out runs/tune   once for each GPU
 
 train.py's options may follow, for all trials. What is searched begins at their values; a rate or
-weight of 0 stays so. No trial looks at the test split: only the command printed last does. Started
-again, or several times at once with the same OUT, it goes on, --trials in all.
+weight of 0 stays so. No trial is tested: only the command printed last does that. Started again, or
+several times at once with the same OUT, the search continues, with --trials in all.
 """
 
 import argparse
 import fcntl
 import importlib.util
 import json
-import math
 import os
 import shlex
-import sys
-import time
 import warnings
 from pathlib import Path
 from typing import IO
 
+import options
 import runtime
 import train
-from extras import pictures
-from runtime import UserError, real, whole
+from model import build_model, load_backbone
+from runtime import UserError, whole
 
 # Option and, of a pair, stage -> range, widened to hold the given value
 SPACE = {
@@ -51,15 +49,15 @@ def searched(base: argparse.Namespace) -> dict[str, float]:
     """The names of SPACE that matter to these options, with the values given."""
     space = {}
     for name, (_, _, scale) in SPACE.items():
-        option, _, stage = name.partition(" ")
+        option, _, number = name.partition(" ")
         value, stages = getattr(base, option), base.stages
-        if stage:
-            value, stages = value[int(stage) - 1], [stages[int(stage) - 1]]
-        matters = any(each.epochs for each in stages)
+        if number:
+            value, stages = value[int(number) - 1], [stages[int(number) - 1]]
+        stages = [stage for stage in stages if stage.epochs]
         if option == "warmup_steps":
-            matters = any(each.epochs and each.schedule != "constant" for each in stages)
+            stages = [stage for stage in stages if stage.schedule != "constant"]
         is_off = value is None or (scale == "log" and value == 0)
-        if matters and not is_off:
+        if stages and not is_off:
             space[name] = value
     return space
 
@@ -76,27 +74,24 @@ def suggest(trial, space: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def options(base: argparse.Namespace, values: dict[str, float]) -> list[str]:
-    """train.py's, for these values."""
+def words_of(base: argparse.Namespace, values: dict[str, float]) -> list[str]:
+    """train.py's options for these values."""
     words = []
     for option in dict.fromkeys(name.partition(" ")[0] for name in values):
-        given = getattr(base, option)
-        named = {option: given}
-        if isinstance(given, tuple):
-            named = {f"{option} {stage}": value for stage, value in enumerate(given, 1)}
         words.append(f"--{option.replace('_', '-')}")
-        words += [str(values.get(name, value)) for name, value in named.items()]
+        given = getattr(base, option)
+        if isinstance(given, tuple):
+            words += [str(values.get(f"{option} {i}", value)) for i, value in enumerate(given, 1)]
+        else:
+            words.append(str(values[option]))
     return words
 
 
-# --- the study: one journal, which all processes append to
+# --- the study: one journal, to which all processes append
 
 
 def lock(path: Path, wait: bool = True) -> IO | None:
-    """The open file, locked until it is closed or this process ends; None: another holds it.
-
-    By lockf, not flock: reading processes, which may outlive a killed parent, do not inherit it.
-    """
+    """The open file, locked until it is closed or this process ends; None: another holds it."""
     file = open(path, "a")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,14 +105,14 @@ def folder(args: argparse.Namespace, number: int, suffix: str = "") -> Path:
     return args.out / f"trial-{number:03d}{suffix}"
 
 
-def open_study(args: argparse.Namespace, common: list[str], epochs: int, space: dict[str, float]):
+def open_study(out: Path, common: list[str], epochs: int, space: dict[str, float]):
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    runtime.make_folder(args.out, "--out")
-    path = args.out / "journal.log"
-    with lock(args.out / "lock"):
+    runtime.make_folder(out, "--out")
+    path = out / "journal.log"
+    with lock(out / "lock"):
         try:
             backend = optuna.storages.journal.JournalFileBackend(str(path))
             study = optuna.create_study(
@@ -138,8 +133,8 @@ def open_study(args: argparse.Namespace, common: list[str], epochs: int, space: 
         elif study.user_attrs.get("options") != common:
             before = shlex.join(study.user_attrs.get("options", ()))
             raise UserError(
-                f"{args.out}: its trials were begun with {before}, not {shlex.join(common)};"
-                " give the same options, or choose another --out"
+                f"{out}: its trials were begun with {before}, not {shlex.join(common)}; give the"
+                " same options, or choose another --out"
             )
     return study
 
@@ -165,7 +160,7 @@ def claim(study, args: argparse.Namespace, base: argparse.Namespace, space: dict
             held = lock(folder(args, trial.number, ".lock"))
         values = suggest(trial, space)
         trial.set_user_attr("values", values)
-        trial.set_user_attr("options", options(base, values))
+        trial.set_user_attr("options", words_of(base, values))
     return trial, held
 
 
@@ -177,8 +172,8 @@ def finish(study, args: argparse.Namespace, trial, value: float | None) -> None:
     with lock(args.out / "lock"):
         study.tell(trial, value, state)
         rows = records(study)
-        for row in rows:
-            if row["state"] in ("complete", "pruned", "diverged") and row is not rows[0]:
+        for row in rows[1:]:
+            if row["state"] in ("complete", "pruned", "diverged"):
                 (folder(args, row["trial"]) / "last.pt").unlink(missing_ok=True)
         folder(args, trial.number, ".lock").unlink()
         runtime.write_json(args.out / "trials.json", rows)
@@ -190,15 +185,15 @@ def finish(study, args: argparse.Namespace, trial, value: float | None) -> None:
 def validation(out: Path) -> list[float]:
     """mAP of the held-out identities after each epoch."""
     log = out / "log.jsonl"
-    records = map(json.loads, log.read_text().splitlines() if log.exists() else ())
-    return [record["validation"]["mAP"] for record in records if record["event"] == "epoch"]
+    lines = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    return [line["validation"]["mAP"] for line in lines if line["event"] == "epoch"]
 
 
 def train_trial(study, args: argparse.Namespace, trial, words: list[str]) -> None:
     """Both stages, as train.py trains them; a poor validation curve ends them early."""
     import optuna
 
-    began, own = time.perf_counter(), train.parse(words)
+    own = options.parse(words)
     epochs = sum(stage.epochs for stage in own.stages)
 
     def watch() -> None:
@@ -210,27 +205,25 @@ def train_trial(study, args: argparse.Namespace, trial, words: list[str]) -> Non
         if trial.number and len(values) < epochs and trial.should_prune():
             raise optuna.TrialPruned
 
-    value = None
+    value, outcome = None, ""
     try:
         run = train.start_run(own)
         run.after_epoch = watch
         train.announce(run)
         watch()
-        for stage in own.stages:
+        for stage in run.args.stages:
             train.train_stage(run, stage)
         value = validation(own.out)[-1]
-        print(f"trial {trial.number}: validation mAP {100 * value:.1f}")
+        outcome = f"validation mAP {100 * value:.1f}"
     except optuna.TrialPruned:
-        print(f"trial {trial.number}: stopped, its validation is below the median")
+        outcome = "stopped, its validation is below the median"
     except train.Diverged as error:
-        trial.set_user_attr("diverged", str(error))
-        print(f"trial {trial.number}: {error}")
+        trial.set_user_attr("end", "diverged")
+        outcome = str(error)
     except runtime.Stopped as stopped:
-        text = f"{args.out}: stopped in trial {trial.number}; the same command goes on"
+        text = f"{args.out}: stopped in trial {trial.number}; the same command continues"
         raise runtime.Stopped(stopped.code - 128, text) from None
-    finally:
-        seconds = trial.user_attrs.get("seconds", 0) + time.perf_counter() - began
-        trial.set_user_attr("seconds", seconds)
+    print(f"trial {trial.number}: {outcome}", flush=True)
     finish(study, args, trial, value)
 
 
@@ -239,37 +232,33 @@ def train_trial(study, args: argparse.Namespace, trial, words: list[str]) -> Non
 
 def records(study) -> list[dict]:
     """The trials as trials.json holds them, the best first."""
-    rows = []
-    for trial in study.trials:
-        own, state = trial.user_attrs, trial.state.name.lower()
-        rows.append(
-            {
-                "trial": trial.number,
-                "validation_mAP": trial.value,
-                "state": "diverged" if "diverged" in own else state,
-                "seconds": round(own.get("seconds", 0), 1),
-                "values": own.get("values", {}),
-                "curve": list(trial.intermediate_values.values()),
-                "options": own.get("options", []),
-            }
-        )
+    rows = [
+        {
+            "trial": trial.number,
+            "validation_mAP": trial.value,
+            "state": trial.user_attrs.get("end", trial.state.name.lower()),
+            "values": trial.user_attrs.get("values", {}),
+            "curve": list(trial.intermediate_values.values()),
+            "options": trial.user_attrs.get("options", []),
+        }
+        for trial in study.trials
+    ]
     return sorted(rows, key=lambda row: (row["state"] != "complete", -(row["validation_mAP"] or 0)))
 
 
 def report(study, args: argparse.Namespace, common: list[str], space: dict[str, float]) -> None:
     """Print the table of the trials and the best one's command."""
     rows = records(study)
-    lines = [["trial", "validation mAP %", "epochs", "state", "seconds", *space]]
+    lines = [["trial", "validation mAP %", "epochs", "state", *space]]
     for row in rows:
         value = "-" if row["validation_mAP"] is None else f"{100 * row['validation_mAP']:.1f}"
-        cells = row["trial"], value, len(row["curve"]), row["state"], round(row["seconds"])
-        lines.append([*map(str, cells), *(str(row["values"].get(name, "-")) for name in space)])
+        cells = row["trial"], value, len(row["curve"]), row["state"]
+        lines.append([str(cell) for cell in (*cells, *map(row["values"].get, space))])
     print(f"\n{runtime.markdown(lines)}\n")
     best = rows[0]
     if best["state"] != "complete":
         print(f"{args.out}: no trial is complete yet")
         return
-    importances(study, args.out / "importances.png")
     checkpoint = folder(args, best["trial"]) / "last.pt"
     print(f"best: trial {best['trial']}, validation mAP {100 * best['validation_mAP']:.1f}")
     print(f"its model on the test split: python evaluate.py {shlex.quote(str(checkpoint))}")
@@ -278,40 +267,18 @@ def report(study, args: argparse.Namespace, common: list[str], space: dict[str, 
     print(f"python train.py {shlex.join(words)}")
 
 
-def importances(study, path: Path) -> None:
-    """Draw how much each option decides whether a trial is among the best."""
-    from optuna import importance
-
-    complete = sum(trial.state.name == "COMPLETE" for trial in study.trials)
-    if complete < 4:
-        print(f"no {path.name} of {complete} complete trials; it takes 4", file=sys.stderr)
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"no {path.name} without matplotlib", file=sys.stderr)
-        return
-    from matplotlib.figure import Figure
-
-    # The evaluator that needs no scikit-learn
-    evaluator = importance.PedAnovaImportanceEvaluator()
-    shares = importance.get_param_importances(study, evaluator=evaluator)
-    figure = Figure(figsize=(6, 0.8 + 0.3 * len(shares)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh([*shares][::-1], [*shares.values()][::-1])
-    axes.set(xlabel=f"importance (PED-ANOVA, {complete} complete trials)")
-    pictures.save(lambda path: figure.savefig(path, dpi=120), path)
-
-
 # --- command line
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """The search's own options, and train.py's for all trials."""
     parser = runtime.Parser(__doc__, prog="python -m extras.tune")
-    add = runtime.adder(parser)
-    add("--trials", 30, whole(1), "in all, over all processes and calls")
-    add("--val-ids", 20, whole(2), "training identities to hold out, which trials are compared on")
-    add("--out", Path("runs/tune"), Path, "folder to write", "DIR")
-    add("--timeout", math.inf, real(0), "begin no trial after so many minutes", "MINUTES")
+    add = parser.add_argument
+    text = "in all, over all processes and calls"
+    add("--trials", type=whole(1), default=30, metavar="N", help=text)
+    text = "training identities to hold out, on which trials are compared"
+    add("--val-ids", type=whole(2), default=20, metavar="N", help=text)
+    add("--out", type=Path, default=Path("runs/tune"), metavar="DIR", help="folder to write")
     args, common = parser.parse_known_args()
     if "RANK" in os.environ:
         raise UserError(
@@ -323,20 +290,24 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     return args, [*common, "--val-ids", str(args.val_ids)]
 
 
+def check(base: argparse.Namespace) -> None:
+    """Refuse mistakes in what all trials share, before anything is written."""
+    if not any(stage.epochs for stage in base.stages):
+        raise UserError("--epochs 0 0: no epoch to validate after; expected at least one")
+    dataset, _ = train.load_splits(base)
+    model = build_model(train.model_config(base, dataset))
+    if base.backbone_weights != "none":
+        load_backbone(model, base.backbone_weights)
+
+
 @runtime.program
 def main() -> None:
-    began = time.monotonic()
     args, common = parse()
-    base = train.parse([*common, "--out", str(args.out)])
-    epochs, space = sum(stage.epochs for stage in base.stages), searched(base)
-    if not epochs:
-        raise UserError("--epochs 0 0: no epoch to validate after; expected at least one")
-    train.prepare(base)  # refuses mistakes in what all trials share, before anything is written
-    study = open_study(args, common, epochs, space)
-    while time.monotonic() - began <= 60 * args.timeout:
-        claimed = claim(study, args, base, space)
-        if claimed is None:
-            break
+    base = options.parse([*common, "--out", str(args.out)])
+    check(base)
+    space = searched(base)
+    study = open_study(args.out, common, sum(stage.epochs for stage in base.stages), space)
+    while claimed := claim(study, args, base, space):
         trial, held = claimed
         out = ["--out", str(folder(args, trial.number)), "--resume"]
         words = [*common, *trial.user_attrs["options"], *out]

@@ -1,5 +1,6 @@
 """What several test files need: a tiny rendered data set, and the programs run as a user would."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side 
 if os.environ.get("GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # see test_gpu.py
 ROOT = Path(__file__).parent.parent
+
+import train  # noqa: E402
+from synthetic import render  # noqa: E402
 
 
 def pytest_configure(config) -> None:
@@ -116,13 +120,39 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def succeeds(program, *arguments, **options) -> str:
+    """What a program prints that must succeed; see `call`."""
+    done = call(program, *arguments, **options)
+    assert done.returncode == 0, (arguments, done.stderr)
+    return done.stdout
+
+
+def fails(program, *arguments, **options) -> str:
+    """The one line that a user's mistake gives."""
+    done = call(program, *arguments, **options)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert done.returncode == 2, done
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def read_json(path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def read_log(out, event: str = "") -> list[dict]:
+    """The lines of a run's log, or those of one kind: step, epoch, test, ..."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if event in ("", line["event"])]
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A rendered data set: 4 training and 3 test identities, 8 cameras, 2 captures each."""
     root = tmp_path_factory.mktemp("data") / "synthetic"
     sizes = ["--train-ids", 4, "--test-ids", 3, "--captures", 2, "--workers", 1]
-    done = run("-m", "extras.synthetic", "--out", root, *sizes)
-    assert done.returncode == 0, done.stderr
+    succeeds(render, "--out", root, *sizes)
     return root
 
 
@@ -130,9 +160,8 @@ def tiny_data(tmp_path_factory) -> Path:
 def trained(tiny_data, tmp_path_factory) -> Path:
     """Folder of a run of train.py, both stages, on the tiny data set."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    done = run("train.py", *tiny_arguments(tiny_data, out))
-    assert done.returncode == 0, done.stderr
-    (out / "stdout.txt").write_text(done.stdout)
+    stdout = succeeds(train, *tiny_arguments(tiny_data, out))
+    (out / "stdout.txt").write_text(stdout)
     return out
 
 

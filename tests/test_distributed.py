@@ -3,16 +3,15 @@
 Processes that share a step do what one does with all of it.
 """
 
-import itertools
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, call, run, tiny_arguments, torchrun
+from conftest import call, read_json, read_log, succeeds, tiny_arguments, torchrun
+from test_faults import SignalledAt
 
+import data
 import evaluate
 import losses
 import prune
@@ -53,7 +52,7 @@ def backward(objective: train.Objective, scheme: str, ranks: int) -> dict:
     """A step as train_stage takes it, in one pass or, with FFD, in several."""
     parallel = train.on_all_ranks(objective)
     per_pass = 2 if scheme == "hardest" and ranks > 1 else 26
-    shares = train.data.share_out(B, per_pass if scheme != "hardest" else 26, ranks)
+    shares = data.share_out(B, per_pass if scheme != "hardest" else 26, ranks)
     total = 0.0
     for part, row in enumerate(shares):
         share = row[runtime.rank()]
@@ -91,7 +90,7 @@ class Program:
         runtime.leave_ranks()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, 4, 8])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     done = call(Program(folder), ranks=request.param)
@@ -125,80 +124,86 @@ def test_batchnorm_of_unequal_parts_is_that_of_the_whole(ranks):
         torch.testing.assert_close(result["var"], reference.running_var)
 
 
-# --- whole runs
+# --- whole runs. Many steps of two right runs drift apart by rounding (a ReLU tips, Adam divides by
+#     a tiny root), so their losses are compared by a relative bound; that a triplet of wrong weight
+#     breaks it is shown below
 
-
-def steps_of(folder) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "step"]
-
-
-def assert_same_losses(a, b, abs=1e-4):
-    assert len(a) == len(b) > 0
-    for one, other in zip(a, b, strict=True):
-        assert one["lr"] == other["lr"]
-        for name in ("loss", "triplet", "center", "cross_entropy", "modality"):
-            if name not in one:
-                continue
-            assert other[name] == pytest.approx(one[name], abs=abs), (one, other)
-
-
-QUICK = ["--dropout", 0, "--epochs", 1, 1, "--log-every", 1, "--lr", 2e-4, 1e-4]
+QUICK = "--dropout 0 --epochs 1 --lr 2e-4 1e-4"
 RECIPES = {
-    "paper": ["--modality-dropout", 0.3],
-    "plus": [
-        "--recipe",
-        "plus",
-        "--schedule",
-        "cosine",
-        "cosine",
-        "--patch-dropout",
-        0,
-        0,
-        "--modality-losses",
-        1,
-    ],
+    "paper": QUICK,
+    "plus": f"{QUICK} --recipe plus --schedule cosine --patch-dropout 0 --epoch-steps 8",
 }
+TOLERANCE = 2e-3  # relative, of a step's loss and gradient norm
+
+
+def drift(a: list[dict], b: list[dict]) -> float:
+    """The largest relative difference of losses between two runs' steps."""
+    assert len(a) == len(b) == 16
+    names = [n for n in ("loss", "cross_entropy", "center", "modality") if n in a[0]]
+    return max(
+        abs(x[name] - y[name]) / max(abs(x[name]), 0.1)
+        for x, y in zip(a, b, strict=True)
+        for name in names
+    )
 
 
 @pytest.fixture(scope="module", params=RECIPES)
 def alone(request, tiny_data, tmp_path_factory):
     """A recipe's options, and its run on one rank."""
-    out, more = tmp_path_factory.mktemp("alone") / "run", [*QUICK, *RECIPES[request.param]]
-    done = call(train, *tiny_arguments(tiny_data, out), *more)
-    assert done.returncode == 0, done.stderr
-    assert "a step: 8 triplets in 1 pass, 8 on 1 rank(s); 8 + 8 steps, 128 triplets" in done.stdout
+    out, more = tmp_path_factory.mktemp("alone") / "run", RECIPES[request.param].split()
+    succeeds(train, *tiny_arguments(tiny_data, out), *more)
     return more, out
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_trains_and_evaluates_as_one(alone, tiny_data, tmp_path, ranks):
     more, out = alone
     streamed = ["--store", 0, "--workers", 1] if ranks == 4 else []  # else by the decoded store
-    done = call(train, *tiny_arguments(tiny_data, tmp_path), *more, *streamed, ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    shown = " + ".join([str(8 // ranks)] * ranks)
-    assert f"a step: 8 triplets in 1 pass, {shown} on {ranks} rank(s); 8 + 8 steps" in done.stdout
-    assert done.stdout.count("stage 2 epoch 1/1") == 1  # rank 0 alone speaks
-    assert_same_losses(steps_of(out), steps_of(tmp_path))
-    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path))
-    assert a["num_valid"] == b["num_valid"]
-    done = call(evaluate, tmp_path / "last.pt", "--json", tmp_path / "one.json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "one.json").read_text()) == pytest.approx(b, abs=0.02)
+    stdout = succeeds(train, *tiny_arguments(tiny_data, tmp_path), *more, *streamed, ranks=ranks)
+    assert stdout.count("stage 2, epoch 1 of 1") == 1  # rank 0 alone speaks
+    assert drift(read_log(out, "step"), read_log(tmp_path, "step")) < TOLERANCE
+    succeeds(evaluate, tmp_path, "--json", tmp_path / "one.json")
+    one, several = read_json(tmp_path / "one.json"), read_json(tmp_path / "metrics.json")
+    assert one["mAP"] == pytest.approx(several["mAP"], abs=0.02)
+    assert one["num_valid"] == several["num_valid"] == 24
+
+
+def test_a_triplet_of_wrong_weight_would_break_the_bound(tiny_data, tmp_path):
+    """Two ranks with 5 and 4 of 9 triplets, one of which counts its own as if they were 4."""
+
+    class Wrong:
+        __name__ = "train"
+
+        def main(self) -> None:
+            passes = train.Batches.passes
+
+            def wrong(self, *given):
+                for batch in passes(self, *given):
+                    scale = 4 / 5 if runtime.rank() == 0 else 1.0
+                    yield batch._replace(weight=batch.weight * scale)
+
+            train.Batches.passes = wrong
+            train.main()
+
+    words = f"{QUICK} --batch-size 9 --epochs 0 1 --epoch-steps 5".split()
+    steps = []
+    for name, program, ranks in (("one", train, 1), ("two", train, 2), ("wrong", Wrong(), 2)):
+        succeeds(program, *tiny_arguments(tiny_data, tmp_path / name), *words, ranks=ranks)
+        steps.append([line["gradient_norm"] for line in read_log(tmp_path / name, "step")])
+    one, two, wrong = (torch.tensor(norms) for norms in steps)
+    assert ((one - two).abs() / one).max() < TOLERANCE
+    assert ((one - wrong).abs() / one).min() > 5 * TOLERANCE
 
 
 def test_several_passes_make_the_same_step(tiny_data, tmp_path):
     """Without cross-entropy, whose BatchNorm sees one pass at a time, nothing else may differ."""
-    plain = [*QUICK, "--gamma", 0, "--triplet", "FFF", "--beta", 0.001, 0.001]
-    for name, more in (("one", []), ("three", ["--per-pass", 3])):
-        done = call(train, *tiny_arguments(tiny_data, tmp_path / name), *plain, *more)
-        assert done.returncode == 0, done.stderr
-    assert "in 3 passes, BatchNorm sees one at a time" in done.stdout
-    one, three = steps_of(tmp_path / "one"), steps_of(tmp_path / "three")
-    for a, b in zip(one, three, strict=True):
-        for name in ("triplet", "center"):
-            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4)
+    plain = f"{QUICK} --gamma 0 --triplet FFF --beta 0.001 --epochs 0 1 --epoch-steps 5"
+    for name, more in (("one", ""), ("three", "--per-pass 3")):
+        words = f"{plain} {more}".split()
+        succeeds(train, *tiny_arguments(tiny_data, tmp_path / name), *words)
+    for a, b in zip(*(read_log(tmp_path / name, "step") for name in ("one", "three")), strict=True):
+        assert b["triplet"] == pytest.approx(a["triplet"], rel=1e-3, abs=1e-4)
+        assert b["center"] == pytest.approx(a["center"], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
@@ -207,59 +212,32 @@ def test_resumed_on_another_number_of_ranks_it_is_the_same_run(
 ):
     """Stopped in the middle of stage 2's epoch by a signal to one rank only."""
     more, out = alone
-    arguments = [*tiny_arguments(tiny_data, tmp_path), *more]
-    done = call(StoppedAt(2, 5), *arguments, ranks=before)
+    words = [*tiny_arguments(tiny_data, tmp_path), *more]
+    done = call(SignalledAt(13, signal.SIGTERM), *words, ranks=before)
     assert done.returncode == 143, done.stderr
     assert "stopped after stage 2, epoch 1, step 5 of 8" in done.stderr
-    done = call(train, *arguments, "--resume", ranks=after)
-    assert done.returncode == 0, done.stderr
-    assert_same_losses(steps_of(out), steps_of(tmp_path))
-    last = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-2]
-    assert last["event"] == "epoch" and last["triplets_per_second"] > 0
-
-
-class StoppedAt:
-    """train.py, whose last rank gets a SIGTERM in a step of a stage."""
-
-    __name__ = "train"
-
-    def __init__(self, stage: int, step: int):
-        self.place = (stage, step)
-
-    def main(self) -> None:
-        status = train.status
-        calls = itertools.count(1)
-
-        def signalled(sums, optimizer):
-            current = next(calls)
-            is_due = current == 8 * (self.place[0] - 1) + self.place[1]
-            if is_due and runtime.rank() == runtime.world_size() - 1:
-                signal.raise_signal(signal.SIGTERM)
-            return status(sums, optimizer)
-
-        train.status = signalled
-        train.main()
+    succeeds(train, *words, "--resume", ranks=after)
+    assert drift(read_log(out, "step"), read_log(tmp_path, "step")) < TOLERANCE
 
 
 def test_the_users_command_by_torchrun(tiny_data, tmp_path):
-    short = ["--epochs", 1, 1, "--epoch-steps", 2, 2]
-    done = torchrun(2, "train.py", *tiny_arguments(tiny_data, tmp_path), *short)
+    words = [*tiny_arguments(tiny_data, tmp_path), "--epochs", 1, "--epoch-steps", 2]
+    done = torchrun(2, "train.py", *words)
     assert done.returncode == 0, done.stderr
-    command = ["evaluate.py", tmp_path / "last.pt", "--json", tmp_path / "two.json"]
-    done = torchrun(2, *command)
-    assert done.returncode == 0, done.stderr
-    assert run("evaluate.py", tmp_path / "last.pt", "--json", tmp_path / "one.json").returncode == 0
-    figures = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
-    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+    succeeds(evaluate, tmp_path, "--json", tmp_path / "one.json")
+    one, two = read_json(tmp_path / "one.json"), read_json(tmp_path / "metrics.json")
+    assert one["mAP"] == pytest.approx(two["mAP"], abs=1e-4)
 
 
 def test_a_mistake_ends_all_ranks(tiny_data, tmp_path):
-    arguments = tiny_arguments(tiny_data, tmp_path / "out")
-    done = call(train, *arguments, "--batch-size", 65, ranks=2)
-    assert done.returncode == 2 and "an epoch has only 64 triplets" in done.stderr
+    words = tiny_arguments(tiny_data, tmp_path / "out")
+    assert (
+        "an epoch has only 64 triplets" in call(train, *words, "--batch-size", 65, ranks=2).stderr
+    )
+    assert (
+        "fewer triplets than the 4 ranks" in call(train, *words, "--batch-size", 3, ranks=4).stderr
+    )
     assert not (tmp_path / "out").exists()
-    done = call(train, *arguments, "--batch-size", 3, ranks=4)
-    assert done.returncode == 2 and "fewer triplets than the 4 ranks" in done.stderr
 
 
 def test_one_ranks_failure_is_one_line_and_no_traceback(tiny_data, tmp_path):
@@ -269,7 +247,7 @@ def test_one_ranks_failure_is_one_line_and_no_traceback(tiny_data, tmp_path):
         __name__ = "train"
 
         def main(self) -> None:
-            read = train.data.read_batches
+            read = data.read_batches
 
             def failing(*arguments):
                 batches = read(*arguments)
@@ -278,11 +256,12 @@ def test_one_ranks_failure_is_one_line_and_no_traceback(tiny_data, tmp_path):
                     raise runtime.UserError("photo.jpg: not an image that can be read")
                 yield from batches
 
-            train.data.read_batches = failing
+            data.read_batches = failing
             train.main()
 
     done = call(OneCannotRead(), *tiny_arguments(tiny_data, tmp_path), ranks=2)
-    assert "error: photo.jpg: not an image" in done.stderr and "Traceback" not in done.stderr
+    assert "error: photo.jpg: not an image" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "rank 0: another rank failed" in done.stderr
 
 
@@ -295,7 +274,7 @@ def test_gradients_are_sent_and_nothing_else(tmp_path):
         def main(self) -> None:
             runtime.start("cpu")
             objective = make_objective("FFD")
-            prune.mask(objective.model, prune.prunable(objective.model) // 2)
+            prune.mask(objective.model, 10_000)
             parallel = train.on_all_ranks(objective)
             images, labels = make_batch(slice(0, 4))
             sent = []
@@ -326,50 +305,9 @@ def test_gradients_are_sent_and_nothing_else(tmp_path):
 
     done = call(Counting(), ranks=2)
     assert done.returncode == 0, done.stderr
-    counted = json.loads((tmp_path / "bytes.json").read_text())
+    counted = read_json(tmp_path / "bytes.json")
     assert counted["hooked"] == counted["gradients"] > 0
-    assert not counted["buffers"] and counted["other"] > 0  # BatchNorm's sums, there and back
+    assert not counted["buffers"]
+    assert counted["other"] > 0  # BatchNorm's sums, there and back
     assert counted["hooked"] + counted["other"] <= 1.01 * counted["gradients"]
     assert "Warning" not in done.stderr
-
-
-def test_torchrun_does_not_take_another_run_for_its_own(trained, tiny_data):
-    """An occupied folder is refused by a restarted attempt, too."""
-    before = (trained / "last.pt").read_bytes()
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--max-restarts",
-        "1",
-    ]
-    program = ["--nproc_per_node=1", "train.py", *tiny_arguments(tiny_data, trained)]
-    done = subprocess.run(
-        [*launcher, *map(str, program)], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode != 0 and done.stderr.count("holds a run already") == 2
-    assert (trained / "last.pt").read_bytes() == before
-
-
-def test_pruning_on_two_ranks_keeps_the_same_weights(trained, tmp_path):
-    class Spy:
-        __name__ = "prune"
-
-        def main(self) -> None:
-            permanent = prune.make_permanent
-
-            def spy(model):
-                permanent(model)
-                weights = {name: layer.weight.data for name, layer in prune.layers(model).items()}
-                torch.save(weights, tmp_path / f"rank{runtime.rank()}.pt")
-
-            prune.make_permanent = spy
-            prune.main()
-
-    quick = ["--keep", 0.5, "--rounds", 1, "--epoch-steps", 1, "--device", "cpu"]
-    done = call(Spy(), trained / "last.pt", *quick, "--out", tmp_path / "out", ranks=2)
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
-    assert sum(int(w.count_nonzero()) for w in first.values()) == 6 * 12 * 192**2 // 2

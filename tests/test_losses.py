@@ -13,9 +13,8 @@ from model import Embeddings
 def test_triplet_by_hand():
     a, p, n = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     assert triplet_soft_margin(a, p, n).item() == pytest.approx(math.log(1 + math.exp(1 - 4)))
-    assert triplet_soft_margin(a, p, n, squared=False).item() == pytest.approx(
-        math.log(1 + math.exp(1 - 2))
-    )
+    plain = triplet_soft_margin(a, p, n, squared=False).item()
+    assert plain == pytest.approx(math.log(1 + math.exp(1 - 2)))
     both = triplet_soft_margin(torch.cat([a, a]), torch.cat([p, n]), torch.cat([n, p]))
     assert both.item() == pytest.approx(
         (math.log(1 + math.exp(-3)) + math.log(1 + math.exp(3))) / 2
@@ -26,15 +25,14 @@ def test_triplet_by_hand():
 @pytest.mark.parametrize("squared", [True, False])
 def test_triplet_survives_large_and_zero_distances(dtype, squared):
     near = torch.zeros(1, 4, dtype=dtype, requires_grad=True)
-    far = torch.full(
-        (1, 4), 5e3, dtype=dtype, requires_grad=True
-    )  # at a distance of 1e4, squared 1e8
+    far = torch.full((1, 4), 5e3, dtype=dtype, requires_grad=True)  # 1e4 away, squared 1e8
     loss = triplet_soft_margin(near, far, near, squared)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(
-        1e8 if squared else 1e4, rel=2e-2
-    )
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(1e8 if squared else 1e4, rel=2e-2)
     loss.backward()
-    assert torch.isfinite(near.grad).all() and torch.isfinite(far.grad).all() and far.grad.any()
+    assert torch.isfinite(near.grad).all()
+    assert torch.isfinite(far.grad).all()
+    assert far.grad.any()
     assert triplet_soft_margin(near, near, far, squared).item() == 0
 
 
@@ -81,7 +79,8 @@ def test_total_is_the_weighted_sum():
     torch.testing.assert_close(
         terms["loss"], 0.5 * terms["triplet"] + 0.5 * F.cross_entropy(logits, labels)
     )
-    assert not criterion.center.centers.requires_grad and terms["center"] == 0
+    assert not criterion.center.centers.requires_grad
+    assert terms["center"] == 0
     criterion.weights(alpha=1.0, beta=0.1, gamma=2.0, label_smoothing=0.1)
     terms = criterion(embeddings, logits, labels)
     torch.testing.assert_close(terms["center"], embeddings.fusion[:2].square().sum(1).mean())
@@ -97,21 +96,23 @@ def test_total_is_the_weighted_sum():
 @pytest.mark.parametrize("scheme", ["FFD", "hardest"])
 def test_losses_of_modalities_are_the_same_losses_on_each_ones_tokens(scheme):
     torch.manual_seed(0)
-    own = {name: Embeddings(torch.randn(6, 4), torch.randn(6, 4)) for name in ("rgb", "tir")}
+    tokens = {name: Embeddings(torch.randn(6, 4), torch.randn(6, 4)) for name in ("rgb", "tir")}
+    own, own_data = ({m: t[i] for m, t in tokens.items()} for i in range(2))
+    embeddings = Embeddings(torch.zeros(6, 4), torch.zeros(6, 4), own, own_data)
     labels = torch.tensor([0, 1, 0, 1, 2, 2][: 6 if scheme == "hardest" else 2])
     criterion = GraFTLoss(3, 4, scheme, modalities=("rgb", "nir", "tir"))
     criterion.weights(alpha=0.3, beta=0.1, gamma=0.7, label_smoothing=0.1)
     expected = []
-    for name, tokens in own.items():
-        features = tokens.fusion[: len(labels)]
+    for name, each in tokens.items():
+        features = each.fusion[: len(labels)]
         mean, variance = features.mean(0), features.var(0, unbiased=False)
         weight = criterion.heads[name][1].weight
         logits = (features - mean) / (variance + 1e-5).sqrt() @ weight.T
         plain = GraFTLoss(3, 4, scheme)
         plain.weights(alpha=0.3, beta=0.0, gamma=0.7, label_smoothing=0.1)
-        expected.append(plain(tokens, logits, labels)["loss"])
+        expected.append(plain(each, logits, labels)["loss"])
     assert abs(expected[0] - expected[1]) > 1e-3
-    torch.testing.assert_close(criterion.of_modalities(own, labels, ()), sum(expected) / 2)
+    torch.testing.assert_close(criterion.of_modalities(embeddings, labels, ()), sum(expected) / 2)
 
 
 def test_unknown_scheme():
@@ -122,21 +123,23 @@ def test_unknown_scheme():
 @pytest.mark.parametrize("squared", [True, False])
 def test_hardest_triplets_by_brute_force(squared):
     torch.manual_seed(0)
-    features, labels = (
-        torch.randn(9, 4, requires_grad=True),
-        torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3]),
-    )  # 3 has no positive
+    features = torch.randn(9, 4, requires_grad=True)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])  # 3 has no positive
     expected = []
     for i in range(8):
-        distance = [
-            ((features[i] - f).square().sum() if squared else (features[i] - f).norm())
-            for f in features
-        ]
+        distance = [(features[i] - f).norm() ** (2 if squared else 1) for f in features]
         positive = max(d for j, d in enumerate(distance) if labels[j] == labels[i] and j != i)
         negative = min(d for j, d in enumerate(distance) if labels[j] != labels[i])
         expected.append(torch.log(1 + torch.exp(positive - negative)))
     loss = triplet_hardest(features, labels, squared)
     torch.testing.assert_close(loss, sum(expected) / 8)
     loss.backward()
-    assert torch.isfinite(features.grad).all() and features.grad.any()
+    assert torch.isfinite(features.grad).all()
+    assert features.grad.any()
     assert triplet_hardest(features, torch.zeros(9, dtype=torch.int64)) == 0  # no negatives
+
+
+def test_hardest_triplets_with_a_hard_margin():
+    features = torch.tensor([[0.0], [1.0], [3.0]])
+    loss = triplet_hardest(features, torch.tensor([0, 0, 1]), squared=False, margin=1.5)
+    assert loss.item() == pytest.approx((0 + 0.5) / 2)  # 1 - 3 + 1.5 < 0, 1 - 2 + 1.5

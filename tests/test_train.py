@@ -1,18 +1,19 @@
-"""The programs as a user runs them, at tiny size.
+"""The training program as a user runs it, at tiny size.
 
-Schedule, stages, resuming, evaluation to the last digit, mistakes.
+Schedule, stages, resuming to the bit, evaluation to the last digit, mistakes.
 """
 
-import json
 import shutil
-import sys
+import threading
 
 import pytest
 import torch
-from conftest import call, run, tiny_arguments
+from conftest import call, fails, read_json, read_log, run, succeeds, tiny_arguments
 from PIL import Image
 
 import evaluate
+import options
+import runtime
 import train
 from runtime import load_checkpoint
 
@@ -20,360 +21,278 @@ from runtime import load_checkpoint
 def test_schedule_by_hand():
     factors = [train.lr_factor(step, 100, 10) for step in range(100)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert (
-        factors[10] == 1
-        and factors[40] == pytest.approx(0.5)
-        and factors[89] == pytest.approx((10 / 89) ** 0.5)
-    )
+    assert factors[10] == 1
+    assert factors[40] == pytest.approx(0.5)
+    assert factors[89] == pytest.approx((10 / 89) ** 0.5)
     reached = (10 / 90) ** 0.5
     assert factors[90:] == pytest.approx([reached * left / 10 for left in range(10, 0, -1)])
     assert all(0 < factor <= 1 for factor in factors)
-    assert [train.lr_factor(step, 4, 100) for step in range(4)] == pytest.approx(
-        [0.01, 0.02, 0.03, 0.04]
-    )
+    short = [train.lr_factor(step, 4, 100) for step in range(4)]
+    assert short == pytest.approx([0.01, 0.02, 0.03, 0.04])
     assert train.lr_factor(0, 10, 0) == 1
 
 
-def test_cosine_schedule_by_hand():
-    factors = [train.cosine_factor(step, 30, 10) for step in range(30)]
-    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert factors[10] == 1 and factors[20] == pytest.approx(0.5) and 0 < factors[29] < 0.01
-
-
-def test_recipe_plus_can_be_taken_apart(tiny_data, tmp_path):
-    args = train.parse(["--recipe", "plus", "--no-bnneck-features", "--schedule", "sqrt", "sqrt"])
-    assert (args.sampling, args.triplet, args.cross_entropy, args.bnneck_features) == (
-        "identities",
-        "hardest",
-        "all",
-        False,
-    )
-    assert [(stage.schedule, stage.label_smoothing) for stage in args.stages] == [("sqrt", 0.1)] * 2
-    assert [(stage.epochs, stage.epoch_steps) for stage in args.stages] == [(1, 60), (4, 0)]
-    assert args.stages[1].patch_dropout == 0.5
-    stages = train.parse(["--recipe", "plus", "--epochs", "2", "4"]).stages
-    assert [(stage.epochs, stage.epoch_steps) for stage in stages] == [(2, 0), (4, 0)]
-    assert train.parse(["--recipe", "plus", "--patch-dropout", "0", "0"]).stages[1].epochs == 2
-    with pytest.raises(
-        train.UserError, match=r"--patch-dropout: expected a number from 0 to 0\.95"
-    ):
-        train.parse(["--patch-dropout", "0", "1"])
-    with pytest.raises(train.UserError, match="leaves data token 2 out"):
-        train.parse(["--patch-dropout", "0", "0.5", "--data-token", "2"])
-    out, plain = (
-        tmp_path / "plus",
-        ["--schedule", "cosine", "cosine", "--epochs", 1, 1, "--batch-size", 4],
-    )
-    done = run("train.py", *tiny_arguments(tiny_data, out), "--recipe", "plus", *plain)
-    assert done.returncode == 0, done.stderr
-    done = run("evaluate.py", out / "last.pt", "--json", tmp_path / "again.json")
-    assert (
-        done.returncode == 0
-        and (tmp_path / "again.json").read_text() == (out / "metrics.json").read_text()
-    )
-    with pytest.raises(train.UserError, match="of all samples: --cross-entropy all"):
-        train.parse(["--triplet", "hardest"])
-
-
-def test_papers_recipe_is_the_default_of_the_benchmarks():
-    args = train.parse(["--dataset", "rgbnt100"])
-    first, second = args.stages
-    assert (args.backbone, args.image_size, args.positives, args.batch_size) == (
-        "deit-b",
-        (224, 224),
-        8,
-        208,
-    )
-    assert (args.triplet, args.alpha, args.gamma, args.flips, args.erase) == (
-        "FFD",
-        0.5,
-        0.5,
-        (0.5, 0.5),
-        0.5,
-    )
-    assert (first.frozen, first.beta, first.label_smoothing, first.schedule) == (True, 0, 0, "sqrt")
-    assert (second.frozen, second.beta, second.label_smoothing, second.schedule) == (
-        False,
-        0.0005,
-        0.1,
-        "constant",
-    )
-    assert second.lr == 5e-6
-    assert train.parse(["--epochs", "3", "0", "--lr", "1e-4", "2e-4"]).stages[0].lr == 1e-4
+def test_other_schedules_by_hand():
+    cosine = [train.cosine_factor(step, 30, 10) for step in range(30)]
+    assert cosine[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert cosine[10] == 1
+    assert cosine[20] == pytest.approx(0.5)
+    assert 0 < cosine[29] < 0.01
+    steps = [train.step_factor(step, 120, 5) for step in range(120)]
+    assert steps[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert (steps[39], steps[40], steps[70]) == pytest.approx((1, 0.1, 0.01))
 
 
 def test_a_run_writes_what_it_did(trained):
-    events = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    events = [event["event"] for event in read_log(trained)]
     stage = [*["step"] * 8, "epoch"] * 2
-    assert [event["event"] for event in events] == ["start", *stage, *stage, "test"]
-    epochs = [event for event in events if event["event"] == "epoch"]
-    assert [(event["stage"], event["epoch"]) for event in epochs] == [
-        (1, 1),
-        (1, 2),
-        (2, 1),
-        (2, 2),
-    ]
+    assert events == ["start", *stage, *stage, "test"]
+    epochs, steps = read_log(trained, "epoch"), read_log(trained, "step")
+    places = [(epoch["stage"], epoch["epoch"]) for epoch in epochs]
+    assert places == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert epochs[0]["center"] == 0 < epochs[2]["center"]
-    assert all(event["triplets_per_second"] > 0 for event in epochs)
-    steps = [event for event in events if event["event"] == "step"]
     assert [step["step"] for step in steps] == [*range(1, 17)] * 2
-    assert (
-        steps[-1]["lr"] == steps[-9]["lr"] and steps[0]["lr"] < steps[1]["lr"]
-    )  # constant, warm-up
+    assert steps[-1]["lr"] == steps[-9]["lr"]  # constant
+    assert steps[0]["lr"] < steps[1]["lr"]  # warm-up
     for i, epoch in enumerate(epochs):  # an epoch's means are those of its steps
         own = steps[8 * i : 8 * i + 8]
         assert epoch["loss"] == pytest.approx(sum(step["loss"] for step in own) / 8)
         assert all(step["gradient_norm"] > 0 for step in own)
-    settings = json.loads((trained / "config.json").read_text())
-    assert settings["seed"] == 0 and settings["stages"][1]["label_smoothing"] == 0.1
+        assert epoch["triplets_per_second"] > 0
+    settings = read_json(trained / "config.json")
+    assert settings["seed"] == 0
+    assert settings["label_smoothing"] == [0.0, 0.1]
     stdout = (trained / "stdout.txt").read_text()
-    assert "torch" in stdout and "stage 2 epoch 2/2" in stdout and "mAP" in stdout
+    for shown in ("torch", "stage 2, epoch 2 of 2", "mAP"):
+        assert shown in stdout
 
 
 def test_stages_train_what_they_should(trained, tiny_data, tmp_path):
-    """Stage 1 leaves the backbone alone; stage 2 moves it and the centroids.
-
-    No stage changes the frozen biases.
-    """
-    out = tmp_path / "one"
-    assert run("train.py", *tiny_arguments(tiny_data, out), "--epochs", 2, 0).returncode == 0
-    one, both = (load_checkpoint(folder / "last.pt") for folder in (out, trained))
+    """Stage 1 leaves the backbone alone; stage 2 moves it and the centroids."""
+    succeeds(train, *tiny_arguments(tiny_data, tmp_path), "--epochs", 2, 0)
+    one, both = (load_checkpoint(folder) for folder in (tmp_path, trained))
     torch.manual_seed(0)
-    fresh = train.build_model(train.GraFTConfig(**both["config"])).state_dict()
+    fresh = train.build_model(train.GraFTConfig.from_dict(both["config"])).state_dict()
     for name, weight in fresh.items():
-        moved_in_one, moved_in_both = (
-            not torch.equal(one["model"][name], weight),
-            not torch.equal(both["model"][name], weight),
-        )
+        moved = [not torch.equal(state["model"][name], weight) for state in (one, both)]
         if name.startswith("backbone."):
-            assert not moved_in_one and moved_in_both, name
+            assert moved == [False, True], name
         elif name == "bottleneck.bias":
-            assert not moved_in_one and not moved_in_both
+            assert moved == [False, False]
         else:
-            assert moved_in_one and moved_in_both, name
-    assert (
-        not one["criterion"]["center.centers"].any()
-        and both["criterion"]["center.centers"].any(1).all()
-    )
+            assert moved == [True, True], name
+    assert not one["criterion"]["center.centers"].any()
+    assert both["criterion"]["center.centers"].any(1).all()
 
 
 def test_evaluation_of_the_checkpoint_equals_trainings_to_the_last_digit(trained, tmp_path):
-    done = run("evaluate.py", trained / "last.pt", "--json", tmp_path / "again.json")
+    done = run("evaluate.py", trained, "--json", tmp_path / "again.json")  # the user's own command
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "again.json").read_text() == (trained / "metrics.json").read_text()
-    metrics = json.loads((trained / "metrics.json").read_text())
-    assert (metrics["num_query"], metrics["num_gallery"], metrics["num_valid"]) == (24, 48, 24)
-    assert (
-        0 < metrics["mINP"] <= metrics["mAP"] <= 1
-        and metrics["R1"] <= metrics["R5"] <= metrics["R10"] <= 1
-    )
+    metrics = read_json(trained / "metrics.json")
+    counts = [metrics[name] for name in ("num_query", "num_gallery", "num_valid")]
+    assert counts == [24, 48, 24]
+    assert 0 < metrics["mINP"] <= metrics["mAP"] <= 1
+    assert metrics["R1"] <= metrics["R5"] <= metrics["R10"] <= 1
 
 
-def test_evaluation_on_fewer_modalities(trained, tmp_path):
-    done = run(
-        "evaluate.py",
-        trained / "last.pt",
-        "--modalities",
-        "rgb,tir",
-        "--json",
-        tmp_path / "two.json",
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        json.loads((tmp_path / "two.json").read_text())["mAP"]
-        != json.loads((trained / "metrics.json").read_text())["mAP"]
-    )
+def open_run(tiny_data, out, *more) -> train.Run:
+    arguments = [*tiny_arguments(tiny_data, out), "--workers", 0, *more]
+    return train.start_run(options.parse([str(argument) for argument in arguments]))
 
 
-def test_evaluation_on_all_subsets(trained, tmp_path):
-    done = run("evaluate.py", trained / "last.pt", "--all-subsets", "--json", tmp_path / "all.json")
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "all.json").read_text())
-    assert list(metrics) == ["rgb", "nir", "tir", "rgb,nir", "rgb,tir", "nir,tir", "rgb,nir,tir"]
-    assert metrics["rgb,nir,tir"] == json.loads((trained / "metrics.json").read_text())
-    assert len({figures["mAP"] for figures in metrics.values()}) == 7
+def test_same_seed_same_run_and_resuming_changes_nothing(trained, tiny_data, tmp_path):
+    """Ended in stage 2 after its first epoch, then resumed by the folder alone."""
+    run = open_run(tiny_data, tmp_path, "--workers", 2)
 
-
-def test_any_sensor_asks_and_any_answers(trained, tiny_data, tmp_path):
-    done = call(evaluate, trained / "last.pt", "--all-pairs", "--json", tmp_path / "pairs.json")
-    assert done.returncode == 0, done.stderr
-    pairs = json.loads((tmp_path / "pairs.json").read_text())
-    assert len(pairs) == 49
-    assert pairs["rgb,nir,tir"] == json.loads((trained / "metrics.json").read_text())
-    sides = ["--query-modalities", "rgb", "--gallery-modalities", "nir,tir"]
-    done = call(evaluate, trained / "last.pt", *sides, "--json", tmp_path / "pair.json")
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "pair.json").read_text())
-    assert metrics == pairs["rgb > nir,tir"] != pairs["nir,tir > rgb"]
-    # By hand
-    cpu = torch.device("cpu")
-    embedder, _ = evaluate.load_embedder(trained / "last.pt", cpu, precision="fp32")
-    query = train.data.load_dataset("synthetic", tiny_data, ("rgb",), (32, 64)).query
-    gallery = train.data.load_dataset("synthetic", tiny_data, ("nir", "tir"), (32, 64)).gallery
-    ids = (query.pids, gallery.pids, query.keys, gallery.keys)
-    ranked = evaluate.rank_metrics(embedder.embed(query), embedder.embed(gallery), *ids)
-    assert metrics["mAP"] == pytest.approx(ranked.mAP, abs=1e-6)
-    refused = call(evaluate, trained / "last.pt", *sides, "--all-pairs")
-    assert refused.returncode == 2 and "are of one pair of subsets" in refused.stderr
-
-
-def test_modality_dropout_leaves_at_least_one(tiny_data, tmp_path):
-    args = train.parse(["--modality-dropout", "0.6", "--seed", "3", "--out", str(tmp_path / "out")])
-    dataset = train.data.load_dataset("synthetic", tiny_data, image_size=(64, 128))
-    model = train.build_model(train.model_config(args, dataset))
-    run = train.Run(args, torch.device("cpu"), (dataset, None), model)
-    kept = [tuple(sorted(run.draw((3, 1, 0, step))[1])) for step in range(1000)]
-    assert {len(modalities) for modalities in kept} == {1, 2, 3} and len(set(kept)) == 7
-    # 0.4, and 0.072 where it alone is taken back
-    assert 0.4 < sum("tir" in modalities for modalities in kept) / 1000 < 0.55
-
-
-def test_same_seed_same_run_and_resuming_changes_nothing(trained, tiny_data, tmp_path, monkeypatch):
-    """Interrupted in stage 2 after its first epoch, then resumed.
-
-    The weights are those of the run that was not interrupted.
-    """
-    out = tmp_path / "run"
-    save = train.Run.save
-
-    def save_then_stop(self, state):
-        save(self, state)
-        if (self.progress.stage, self.progress.epoch) == (2, 1):
+    def end():
+        if run.progress.stage == 2:
             raise KeyboardInterrupt
 
-    arguments = [str(argument) for argument in tiny_arguments(tiny_data, out)]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    monkeypatch.setattr(train.Run, "save", save_then_stop)
-    with pytest.raises(SystemExit, match="130"):
-        train.main()
-    assert not (out / "metrics.json").exists()
-    done = run("train.py", *arguments, "--resume")
-    assert done.returncode == 0 and "stage 1 epoch" not in done.stdout, done.stderr
-    a, b = load_checkpoint(trained / "last.pt"), load_checkpoint(out / "last.pt")
+    run.after_epoch = end
+    train.train_stage(run, run.args.stages[0])
+    with pytest.raises(KeyboardInterrupt):
+        train.train_stage(run, run.args.stages[1])
+    run.lock.close()
+    stdout = succeeds(train, "--out", tmp_path, "--resume")
+    assert "stage 1, epoch" not in stdout
+    a, b = load_checkpoint(trained), load_checkpoint(tmp_path)
     for name, weight in a["model"].items():
         assert torch.equal(weight, b["model"][name]), name
-    assert (out / "metrics.json").read_text() == (trained / "metrics.json").read_text()
+    assert (tmp_path / "metrics.json").read_text() == (trained / "metrics.json").read_text()
+
+
+def test_resuming_an_empty_folder_starts_the_run(tiny_data, tmp_path):
+    short = ["--epochs", 1, 0, "--epoch-steps", 1, "--resume"]
+    assert "stage 1, epoch 1 of 1" in succeeds(train, *tiny_arguments(tiny_data, tmp_path), *short)
+    # and what is done is not done again
+    again = succeeds(train, *tiny_arguments(tiny_data, tmp_path), *short)
+    assert "stage 1, epoch 1 of 1" not in again
 
 
 def test_an_occupied_folder_is_left_alone(trained, tiny_data):
     before = (trained / "last.pt").read_bytes()
-    done = run("train.py", *tiny_arguments(tiny_data, trained))
-    assert (
-        done.returncode == 2
-        and "holds a run already" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert "holds a run already" in fails(train, *tiny_arguments(tiny_data, trained))
     assert (trained / "last.pt").read_bytes() == before
 
 
-def test_passes_checkpointing_validation_and_bf16_run(tiny_data, tmp_path):
-    out = tmp_path / "run"
-    options = [
-        "--per-pass",
-        4,
-        "--checkpointing",
-        "--val-ids",
-        2,
-        "--precision",
-        "bf16",
-        "--batch-size",
-        8,
-        "--epochs",
-        1,
-        1,
-    ]
-    done = run(
-        "train.py",
-        *tiny_arguments(tiny_data, out),
-        *options,
-        "--triplet",
-        "DFF",
-        "--fusion-tokens",
-        2,
-        "--data-token",
-        5,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "8 triplets in 2 passes" in done.stdout
-    assert "4 + 4 steps" in done.stdout  # 2 of 4 identities x 16 samples / 8
-    assert "validation mAP" in done.stdout
+def test_one_run_owns_its_folder(tiny_data, tmp_path):
+    run = open_run(tiny_data, tmp_path)
+    line = fails(train, *tiny_arguments(tiny_data, tmp_path))
+    assert "another process is writing to this folder" in line
+    run.lock.close()
 
 
-def mistakes(tiny_data, trained, tmp_path):
-    """(program, arguments, what the line must say)"""
+def test_passes_validation_bf16_and_several_tokens_run_together(tiny_data, tmp_path):
+    more = "--per-pass 4 --val-ids 2 --precision bf16 --epochs 1 --triplet DFF --fusion-tokens 2"
+    more += " --data-token 5 --pad 4 --normalise imagenet"
+    stdout = succeeds(train, *tiny_arguments(tiny_data, tmp_path), *more.split())
+    assert "validation mAP" in stdout
+    assert "stage 1: 1 epochs, 4 steps" in stdout  # 2 of 4 identities x 16 samples / 8
+    assert load_checkpoint(tmp_path)["mean"]["tir"] == (0.485, 0.456, 0.406)
+
+
+def test_plus_runs_and_evaluates_as_it_trained(tiny_data, tmp_path):
+    more = "--recipe plus --schedule cosine --epochs 1 --batch-size 4"
+    succeeds(train, *tiny_arguments(tiny_data, tmp_path), *more.split())
+    succeeds(evaluate, tmp_path, "--json", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "metrics.json").read_text()
+    assert load_checkpoint(tmp_path)["settings"]["features"] == "bnneck"
+
+
+def test_no_epochs_still_leave_the_checkpoint_that_is_announced(tiny_data, tmp_path):
+    stdout = succeeds(train, *tiny_arguments(tiny_data, tmp_path), "--epochs", 0)
+    assert f"{tmp_path}: config.json, last.pt, log.jsonl, metrics.json" in stdout
+    succeeds(evaluate, tmp_path, "--json", tmp_path / "again.json")
+    assert read_json(tmp_path / "again.json") == read_json(tmp_path / "metrics.json")
+
+
+def test_training_in_a_thread_works_without_signals(tiny_data, tmp_path):
+    short = ["--epochs", "1", "0", "--epoch-steps", "1", "--workers", "0"]
+    words = [*map(str, tiny_arguments(tiny_data, tmp_path)), *short]
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train.train(options.parse(words))))
+    thread.start()
+    thread.join()
+    assert results[0]["num_query"] == 24
+
+
+def test_the_optimizer_of_stage_1_is_not_stage_2s(tiny_data, tmp_path):
+    """Resumed at the end of stage 1, stage 2 begins afresh; see D11."""
+    run = open_run(tiny_data, tmp_path, "--epochs", 1)
+    train.train_stage(run, run.args.stages[0])
+    run.lock.close()
+    resumed = train.start_run(options.parse(["--resume", "--out", str(tmp_path)]))
+    train.train_stage(resumed, resumed.args.stages[0])  # is done
+    resumed.progress, resumed.stored_optimizer = train.Progress(2), None
+    _, optimizer = train.begin_stage(resumed, resumed.args.stages[1])
+    assert not optimizer.state
+    resumed.lock.close()
+
+
+@pytest.mark.parametrize("recipe", ["paper", "plus"])
+def test_centroids_start_at_the_class_means_of_what_the_loss_sees(tiny_data, tmp_path, recipe):
+    more = ["--recipe", "plus", "--schedule", "cosine"] if recipe == "plus" else []
+    run = open_run(tiny_data, tmp_path, *more)
+    train.begin_stage(run, run.args.stages[0])
+    assert not run.criterion.center.started
+    train.begin_stage(run, run.args.stages[1])
+    tokens, split = [], run.dataset.train
+    run.model.eval()
+    for i in range(len(split)):
+        images = {name: image[None] for name, image in split[i][0].items()}
+        with torch.no_grad():
+            tokens.append(run.model(run.embedder.normalise(images)).fusion[0])
+    means = [torch.stack(tokens)[split.pids == pid].mean(0) for pid in split.pids.unique()]
+    centers = run.criterion.center.centers
+    torch.testing.assert_close(centers.data, torch.stack(means), atol=1e-4, rtol=1e-4)
+    assert centers.norm(dim=1).min() > 3  # not of length 1: the tokens have a norm of some sqrt(D)
+    centers.data.fill_(7.0)  # as if they had moved
+    train.begin_stage(run, run.args.stages[1])
+    assert (run.criterion.center.centers == 7.0).all()
+    run.lock.close()
+
+
+# --- mistakes
+
+
+def test_a_users_mistakes_give_one_line_and_exit_code_2(tiny_data, trained, tmp_path):
     tiny = tiny_arguments(tiny_data, tmp_path / "out")
-    one = tmp_path / "one" / "synthetic"
-    shutil.copytree(tiny_data, one)
-    for path in (one / "rgbir" / "bounding_box_train").glob("000[234]_*"):
-        path.unlink()
-    empty = tmp_path / "empty" / "synthetic"
-    shutil.copytree(tiny_data, empty)
-    for path in (empty / "rgbir" / "query").glob("*"):
-        path.unlink()
-    cut = tmp_path / "cut" / "synthetic"
-    shutil.copytree(tiny_data, cut)
-    victim = sorted((cut / "rgbir" / "bounding_box_train").glob("*"))[3]
-    victim.write_bytes(victim.read_bytes()[:900])
     foreign = tmp_path / "foreign.pth"
     torch.save({"fc.weight": torch.zeros(3)}, foreign)
     picture = tmp_path / "picture.png"
     Image.new("RGB", (4, 4)).save(picture)
-    return [
-        (
-            train,
-            ["--dataset", "rgbnt100", "--data-root", tmp_path / "nowhere"],
-            "nowhere: no such folder",
-        ),
-        (train, ["--dataset", "rgbnt100", "--data-root", tmp_path], "no layout of rgbnt100"),
-        (train, [*tiny, "--data-root", empty], "no usable images in split query"),
-        (train, [*tiny, "--data-root", one], "identities in the training data is 1"),
-        (train, [*tiny, "--data-root", cut], f"{victim.name}: not an image that can be read"),
+    nowhere = ["--dataset", "rgbnt100", "--data-root", tmp_path / "nowhere"]
+    for program, arguments, message in (
+        (train, nowhere, "nowhere: no such folder"),
         (train, [*tiny, "--batch-size", 65], "--batch-size 65: an epoch has only 64 triplets"),
-        (train, [*tiny, "--dropout", 2], "--dropout: expected a number from 0 to 1, not 2"),
-        (
-            train,
-            [*tiny, "--batch-size", 0],
-            "--batch-size: expected a whole number of at least 1, not 0",
-        ),
-        (train, [*tiny, "--modalities", "rgb,depth"], "no modality depth"),
-        (train, [*tiny, "--image-size", 60, 128], "60x128: patch 16 does not divide"),
+        (train, [*tiny, "--batch-size", 1], "BatchNorm cannot train"),
+        (train, [*tiny, "--modalities", "rgb,depth"], "depth"),
+        (train, [*tiny, "--image-size", 60, 128], "60x128: patches of 16"),
         (train, [*tiny, "--backbone-weights", foreign], "not the weights of this backbone"),
-        (train, [*tiny, "--backbone-weights", tmp_path / "absent.pth"], "absent.pth: no such file"),
-        (train, [*tiny, "--out", picture], "cannot be made"),
-        (train, [*tiny, "--val-ids", 4], "identities in the training data is 0"),
+        (train, [*tiny, "--backbone-weights", "absent.pth"], "absent.pth: no such file"),
+        (train, [*tiny, "--out", picture], "cannot be created"),
+        (train, [*tiny, "--out", "x" * 300], "File name too long"),
+        (train, [*tiny, "--val-ids", 4], "--val-ids 4"),
         (evaluate, [picture], "not a checkpoint"),
         (evaluate, [tmp_path / "absent.pt"], "absent.pt: no such file"),
-        (
-            evaluate,
-            [trained / "last.pt", "--modalities", "depth"],
-            "--modalities depth: the model was trained on rgb,nir,tir",
-        ),
-    ]
+        (evaluate, [trained, "--modalities", "depth"], "trained on rgb"),
+    ):
+        assert message in fails(program, *arguments)
+        assert not (tmp_path / "out").exists()
 
 
-def test_a_users_mistakes_give_one_line_and_exit_code_2(
-    tiny_data, trained, tmp_path, monkeypatch, capsys
-):
-    for program, arguments, message in mistakes(tiny_data, trained, tmp_path):
-        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            program.main()
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert stopped.value.code == 2, arguments
-        assert len(lines) == 1 and message in lines[0], (arguments, lines)
-        assert not (tmp_path / "out" / "last.pt").exists()
-
-
-def test_an_unreadable_image_in_a_worker_process_gives_one_line(
-    tiny_data, tmp_path, monkeypatch, capsys
-):
+def test_a_broken_image_of_any_split_shows_before_the_first_step(tiny_data, tmp_path):
+    """With the store, and without it, where reading processes read the training images."""
     root = tmp_path / "synthetic"
     shutil.copytree(tiny_data, root)
-    victim = sorted((root / "rgbir" / "bounding_box_train").glob("*"))[0]
-    victim.write_bytes(b"")
-    options = [*tiny_arguments(root, tmp_path / "out"), "--store", 0, "--workers", 1]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    with pytest.raises(SystemExit, match="2"):
-        train.main()
-    error = capsys.readouterr().err
-    assert f"{victim}: not an image" in error and "Traceback" not in error
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        victim = sorted((root / "rgbir" / folder).glob("*"))[3]
+        content = victim.read_bytes()
+        victim.write_bytes(b"")
+        for store in (0, 20):
+            options = [*tiny_arguments(root, tmp_path / "out"), "--store", store, "--workers", 1]
+            assert f"{victim}: " in fails(train, *options)
+            assert not (tmp_path / "out").exists()
+        victim.write_bytes(content)
+
+
+def test_training_images_alone_train_and_say_that_nothing_was_tested(tiny_data, tmp_path):
+    root = tmp_path / "synthetic"
+    shutil.copytree(tiny_data, root)
+    for folder in ("query", "bounding_box_test"):
+        shutil.rmtree(root / "rgbir" / folder)
+    short = ["--epochs", 1, 0, "--epoch-steps", 1]
+    done = call(train, *tiny_arguments(root, tmp_path / "out"), *short)
+    assert done.returncode == 0, done.stderr
+    assert "not tested" in done.stdout
+    assert not (tmp_path / "out/metrics.json").exists()
+
+
+def test_one_camera_is_refused_before_training(tiny_data, tmp_path):
+    root = tmp_path / "synthetic"
+    shutil.copytree(tiny_data, root)
+    for path in (root / "rgbir").glob("*/*"):
+        if "c0001" not in path.name:
+            path.unlink()
+    line = fails(train, *tiny_arguments(root, tmp_path / "out"))
+    assert "another camera" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_training_samples_cannot_be_resumed(tiny_data, tmp_path):
+    root = tmp_path / "synthetic"
+    shutil.copytree(tiny_data, root)
+    short = ["--epochs", 1, 0, "--epoch-steps", 2]
+    succeeds(train, *tiny_arguments(root, tmp_path / "out"), *short)
+    first = sorted((root / "rgbir/bounding_box_train").glob("*"))[0]
+    shutil.copy(first, first.with_name(first.name.replace("_000", "_077")))
+    line = fails(train, "--out", tmp_path / "out", "--resume")
+    assert "its training samples are not those" in line
+
+
+def test_a_checkpoint_of_another_version_can_be_evaluated_not_resumed(trained, tmp_path):
+    old = {k: v for k, v in load_checkpoint(trained).items() if k != "samples"}
+    runtime.save_checkpoint(tmp_path / "last.pt", old)
+    assert "lacks samples" in fails(train, "--out", tmp_path, "--resume")
+    succeeds(evaluate, tmp_path)

@@ -1,0 +1,402 @@
+"""Train and evaluate the rows of a table of the paper, and print ours beside the paper's.
+
+python -m experiments.ablate --table 5                                        the synthetic set
+python -m experiments.ablate --table 8 --dataset rgbnt100 --data-root DIR --ranks 8
+python -m experiments.ablate --rows "mine=--fusion mine" "GraFT="             rows of your own
+
+train.py's options may follow, for all rows. Runs are kept in OUT: an interrupted call continues
+where it stopped, and a model that several rows share is trained once.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev, variance
+from threading import Lock
+
+import data
+import options
+import runtime
+from experiments.tables import TABLES, TRIPLETS, WAYS, Row, Table, filled, vanishes
+from runtime import UserError, whole
+
+SHORT = "--epochs 1 1 --epoch-steps 50 18"  # ours: a smoke test, under a minute a run on two cores
+FIGURES = ("mAP", "R1", "R5", "R10")
+# Settings that make no other model, or are the same in another form
+ASIDE = {"out", "resume", "seed", "device", "workers", "store", "data_root", "deterministic"}
+ASIDE |= {"stages", "given"}
+BY_CONSTRUCTION = (
+    "By construction: the row only changes what the triplet loss sees, and with the squared"
+    " distances of FFD and DDF that loss does nothing. Its difference is noise."
+)
+writing = Lock()
+
+# --- a row with the options of a call filled in
+
+
+class Planned:
+    """What a row is for these options for all rows: its settings, names, figures and commands."""
+
+    def __init__(self, row: Row, common: list[str]):
+        common, b = tuple(common), parsed(tuple(common))
+        self.row, self.test, self.prune = row, row.test.split(), filled(row.prune, b).split()
+        self.look = " ".join([*self.test, *self.prune, row.target]).strip()
+        flags, base = (filled(text or "", b) for text in (row.flags, row.base))
+        self.words, self.base = (*common, *flags.split()), (*common, *base.split())
+        # Settings that differ from the base's, the slip, and whether this is another look
+        self.changes, self.left_out = set(), self.unfit(b)
+        self.note = self.left_out  # what there is to say of it here
+        if not self.left_out:
+            self.changes = differences(settings(self.words), settings(self.base))
+            self.changes |= {row.slip, "test" * bool(self.test), "prune" * bool(self.prune)} - {""}
+            if not self.changes and flags != base:
+                self.note, self.words = f"equal to {base or 'the default'} here", self.base
+            if settings(self.words) == settings(common):
+                self.words = common  # or it would be trained again under another name
+        self.name = slug(" ".join([row.slip, *self.words])).strip("-") or "default"
+        self.ways = ", ".join(sorted({WAYS.get(name, name) for name in self.changes}))
+        both = (self.words, self.base) if self.ways == TRIPLETS else ()
+        self.by_construction = bool(both) and all(vanishes(parsed(words)) for words in both)
+        self.note = self.note or "by construction" * self.by_construction
+
+    @property
+    def args(self) -> argparse.Namespace:
+        return parsed(self.words)
+
+    def unfit(self, b: argparse.Namespace) -> str:
+        """Why the row cannot be run with the options for all rows; nothing where it can."""
+        if self.row.flags is None:
+            return "cited"
+        if self.row.backbone not in ("", b.backbone):
+            return f"for --backbone {self.row.backbone}"
+        asked = re.findall(r"--modalities (\S+)", " ".join([*self.words, *self.test]))
+        known = b.modalities or data.DATASETS[b.dataset].modalities or ("rgb", "nir", "tir")
+        if lacking := {name for names in asked for name in names.split(",")} - set(known):
+            return f"no {' or '.join(sorted(lacking))} here"
+        try:
+            parsed(self.words)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def figures(self, folder: Path, seeds: range) -> list[dict]:
+        """Those of these seeds that are kept in `folder`."""
+        if self.left_out:
+            return []
+        kept = read_figures(folder / f"{self.name}.json", settings(self.words)).get(self.look, {})
+        return [kept[str(seed)] for seed in seeds if str(seed) in kept]
+
+    def keep(self, folder: Path, seed: int, metrics: dict) -> None:
+        path, own = folder / f"{self.name}.json", settings(self.words)
+        with writing:  # another thread may add another seed
+            looks = read_figures(path, own)
+            found = {name: metrics[name] for name in (*FIGURES, "params", "machine")}
+            looks.setdefault(self.look, {})[str(seed)] = found
+            runtime.make_folder(folder, "--keep")
+            runtime.write_json(path, {"settings": {**own, "slip": self.row.slip}, "looks": looks})
+
+    def commands(self, out: Path, seed: int) -> list[tuple[list[str], Path]]:
+        """Training, and what follows for another look; each with the file that it ends with."""
+        out = out / self.name / str(seed)
+        checkpoint, seeded = str(out / "last.pt"), ["--seed", str(seed), "--resume"]
+        device = [] if self.args.device == "auto" else ["--device", self.args.device]
+        slip = ["-m", "experiments.published", self.row.slip]
+        train = [*(slip if self.row.slip else ["train.py"]), *self.words, "--out", str(out)]
+        found = [([*train, *seeded], out / "metrics.json")]
+        if self.test:
+            path = out / f"metrics{slug(self.row.test)}.json"
+            test = ["evaluate.py", checkpoint, *self.test, "--json", str(path), *device]
+            found.append((test, path))
+        if self.prune:
+            folder = out / f"pruned{slug(' '.join(self.prune))}"
+            prune = ["prune.py", checkpoint, *self.prune, "--out", str(folder), *seeded, *device]
+            found.append((prune, folder / "results.json"))
+        return found
+
+    def result(self, path: Path) -> dict | None:
+        """The figures that a command has left; None before it has."""
+        found = json.loads(path.read_text()) if path.exists() else None
+        if found and path.name == "results.json":  # of prune.py: a row for each target
+            return next((row for row in found["rows"] if row["label"] == self.row.target), None)
+        return found
+
+
+@functools.cache  # tables share rows, and a parser is slow to make
+def parsed(words: tuple[str, ...]) -> argparse.Namespace:
+    return options.parse(list(words))
+
+
+def slug(flags: str) -> str:
+    return re.sub(r"[^\w.,]+", "-", flags)
+
+
+@functools.cache
+def settings(words: tuple[str, ...]) -> dict:
+    """A model's settings as a file has them, with a digest of the weights it starts from."""
+    args = parsed(words)
+    found = {name: value for name, value in vars(args).items() if name not in ASIDE}
+    if (weights := Path(args.backbone_weights)).is_file():
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        found["backbone_weights"] = f"{weights.name}, sha256 {digest[:16]}"
+    return json.loads(json.dumps(found, default=str))
+
+
+def differences(own: dict, base: dict) -> set[str]:
+    """The names of the settings that make two models differ; a recipe counts as one of them."""
+    names = {name for name, value in own.items() if value != base[name]}
+    known = data.DATASETS[own["dataset"]].modalities
+    if all((found["modalities"] or [*known]) == [*known] for found in (own, base)):
+        names -= {"modalities"}
+    if own["alpha"] == base["alpha"] == 0:
+        names -= {"triplet", "plain_distance"}
+    if "positives" in names:  # they take fewer epochs for as many steps
+        names -= {"epochs"}
+    if names and ("recipe" in names or "hamnet" in (own["fusion"], base["fusion"])):
+        return names & {"fusion", "modalities"} | {"recipe"}
+    return names
+
+
+def read_figures(path: Path, made_by: dict) -> dict[str, dict[str, dict]]:
+    """look -> seed -> figures. Raises UserError for another kind of file, or other settings."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        looks, kept = content["looks"], dict(content["settings"])
+        for seeds in looks.values():
+            assert all(metrics.keys() >= {*FIGURES, "params"} for metrics in seeds.values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{path}: not a file of ablate's figures ({error!r}); name the folder of --keep"
+        ) from None
+    for name in kept.keys() & made_by.keys():  # an older version had other settings, too
+        if kept[name] != made_by[name]:
+            raise UserError(
+                f"{path}: its figures are of {name} {kept[name]}, not {made_by[name]}: remove it,"
+                " and the runs that made it, or name another --keep"
+            )
+    return looks
+
+
+# --- running
+
+
+def run_all(rows: list[Planned], args: argparse.Namespace) -> list[Exception]:
+    """Every model once, with all looks at it; returns what ended those that failed."""
+    models: dict[tuple[str, int], list[Planned]] = {}
+    for seed in args.seeds:
+        for row in rows:
+            if not row.left_out:
+                models.setdefault((row.name, seed), []).append(row)
+    if args.parallel > 1:  # or each would take all cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, runtime.num_cores() // args.parallel)))
+    with ThreadPoolExecutor(args.parallel) as pool:
+        jobs = [pool.submit(run_model, own, seed, args) for (_, seed), own in models.items()]
+        try:
+            return [error for job in jobs if (error := job.exception())]
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run_model(rows: list[Planned], seed: int, args: argparse.Namespace) -> None:
+    for row in rows:
+        if row.figures(args.keep, range(seed, seed + 1)):
+            continue
+        for command, path in row.commands(args.out, seed):
+            if not row.result(path):
+                launch(command, path.parent, args)
+        row.keep(args.keep, seed, row.result(path))
+
+
+def launch(command: list[str], folder: Path, args: argparse.Namespace) -> None:
+    """Run a program; of several side by side the output goes to a file in `folder`."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
+    print(shown(command), flush=True)
+    runtime.make_folder(folder, "--out")
+    log = folder / "output.txt" if args.parallel > 1 else None
+    # Ctrl-C and a job queue's signals reach the programs themselves, which save where they are
+    with open(log or os.devnull, "a") as file:
+        output = {"stdout": file, "stderr": subprocess.STDOUT} if log else {}
+        launched = [sys.executable, *(ranks if args.ranks > 1 else []), *command]
+        code = subprocess.run(launched, **output).returncode
+    if code:
+        raise UserError(f"{shown(command)}: exit code {code}" + (f"; see {log}" if log else ""))
+
+
+def shown(command: list[str]) -> str:
+    return f"python {' '.join(command)}"
+
+
+# --- a table
+
+
+def text_of(table: Table, rows: list[Planned], args: argparse.Namespace) -> str:
+    """A table in Markdown. Its title names the machine, a row only where it ran on another."""
+    measured = [(row, row.figures(args.keep, args.seeds)) for row in rows]
+    places = Counter(machine(runs) for _, runs in measured if runs)
+    usual = max(places, key=places.get, default="")
+    last = ["paper: parameters: mAP / R1 / R5 / R10"]
+    if table.differences:
+        last = ["mAP against the default or what is named, ± standard error", "acts by"]
+    lines = [["", "parameters", *(f"{name} %" for name in FIGURES), *last]]
+    for row, runs in measured:
+        label, params = row.row.label, f"{runs[0]['params'] / 1e6:.2f} M" if runs else "-"
+        notes = [row.note, f"on {machine(runs)}" if runs and machine(runs) != usual else ""]
+        label += "".join(f" ({note})" for note in notes if note and note not in label)
+        ours = [spread([100 * metrics[name] for metrics in runs]) for name in FIGURES]
+        last = [printed(row.row)]
+        if table.differences:
+            last = [against_base(row, runs, args), row.ways or "-"]
+        lines.append([label, params, *ours, *last])
+    counts = sorted({len(runs) for _, runs in measured if runs})
+    seeds = " to ".join(map(str, dict.fromkeys([*counts[:1], *counts[-1:]])))
+    title = f"{table.title}; {seeds} seeds, mean ± standard deviation; {usual}"
+    text = f"{title if counts else table.title}\n\n{runtime.markdown(lines)}"
+    text += f"\n\n{BY_CONSTRUCTION}" if any(row.by_construction for row in rows) else ""
+    alive = [runs for row, runs in measured if row.changes and not row.by_construction]
+    by_seed = list(zip(*alive, strict=False))
+    if table.deviation and by_seed and len(alive) > 1:
+        found = mean(stdev(100 * metrics["mAP"] for metrics in runs) for runs in by_seed)
+        text += "\n\nStandard deviation of mAP over the rows that could differ, mean of the seeds:"
+        text += f" {found:.2f} points (the paper: {table.deviation})"
+    return text
+
+
+def machine(runs: list[dict]) -> str:
+    return " and ".join(sorted({metrics["machine"] for metrics in runs}))
+
+
+def printed(row: Row) -> str:
+    paper = " / ".join(map(str, row.paper)) or "-"
+    return f"{row.millions:g} M: {paper}" if row.millions else paper
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return "-"
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def against_base(row: Planned, runs: list[dict], args: argparse.Namespace) -> str:
+    if row.by_construction or not row.changes:
+        return "by construction" if row.changes else "-"
+    base = row.row.base
+    found = against(runs, Planned(Row("", base), args.common).figures(args.keep, args.seeds))
+    return f"{found} ({base})" if base and found != "-" else found
+
+
+def against(runs: list[dict], base: list[dict]) -> str:
+    """The difference of mean mAPs in points, and its standard error."""
+    if min(len(runs), len(base)) < 2:
+        return "-"
+    ours, theirs = ([100 * metrics["mAP"] for metrics in some] for some in (runs, base))
+    return f"{mean(ours) - mean(theirs):+.1f} ± {standard_error(ours, theirs):.1f}"
+
+
+def standard_error(first: list[float], second: list[float]) -> float:
+    """Of the difference of two means, by the pooled variance of their values, two at least."""
+    freedom = len(first) + len(second) - 2
+    pooled = (len(first) - 1) * variance(first) + (len(second) - 1) * variance(second)
+    return (pooled / freedom * (1 / len(first) + 1 / len(second))) ** 0.5
+
+
+def chart(rows: list[Planned], args: argparse.Namespace) -> None:
+    """Fig. 1: mAP over parameters, the paper's figures beside ours."""
+    from extras import pictures
+
+    theirs = [(p.row.label, p.row.millions, p.row.paper[0]) for p in rows if p.row.paper]
+    found = [(p.row.label, p.figures(args.keep, args.seeds)) for p in rows]
+    ours = [(n, m[0]["params"] / 1e6, 100 * mean(x["mAP"] for x in m)) for n, m in found if m]
+    panels = []
+    for title, points in (("the paper", theirs), ("measured", ours)):
+        lines: dict[str, tuple[list, list]] = {}
+        for label, millions, mAP in points:
+            x, y = lines.setdefault("GraFT" if "GraFT" in label else label, ([], []))
+            x.append(millions)
+            y.append(mAP)
+        axes = {"xlabel": "non-zero parameters (millions)", "ylabel": "mAP (%)", "title": title}
+        panels.append({"lines": lines, **axes})
+    pictures.chart(panels, args.chart)
+
+
+# --- command line
+
+
+def parse() -> argparse.Namespace:
+    parser = runtime.Parser(__doc__, prog="python -m experiments.ablate")
+    add = parser.add_argument
+    text = f"{', '.join(TABLES)} or all"
+    add("--table", metavar="TABLE", choices=(*TABLES, "all"), nargs="+", help=text)
+    text = "rows of your own, of train.py's options; each is compared with the last one"
+    add("--rows", metavar="LABEL=OPTIONS", nargs="+", help=text)
+    add("--seeds", metavar="N", type=whole(1), default=3, help="runs a row, seeds 0, 1, ...")
+    add("--seed", type=whole(0), default=0, help="the first seed")
+    add("--short", action="store_true", help=f"a smoke test: {SHORT}")
+    add("--dry-run", action="store_true", help="only print the commands")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/ablate"))
+    text = "keep the figures in DIR (default: OUT); what it holds is not trained again"
+    add("--keep", type=Path, metavar="DIR", help=text)
+    text = "only print the tables of the figures kept in DIR"
+    add("--from", type=Path, metavar="DIR", dest="from_", help=text)
+    text = "run N models side by side, their output in files: for small models on a large GPU"
+    add("--parallel", metavar="N", type=whole(1), default=1, help=text)
+    add("--ranks", metavar="N", type=whole(1), default=1, help="run each program on N GPUs")
+    text = "draw mAP over parameters of a table's rows, as Fig. 1 does (matplotlib)"
+    add("--chart", type=Path, metavar="FILE", help=text)
+    args, args.common = parser.parse_known_args()
+    args.table, args.rows = args.table or [], args.rows or []
+    if not args.table + args.rows:
+        parser.error("expected --table or --rows")
+    if args.from_ and not args.from_.is_dir():
+        raise UserError(f"--from {args.from_}: no such folder; expected one of --keep")
+    args.seeds = range(args.seed, args.seed + args.seeds)
+    args.keep = args.from_ or args.keep or args.out
+    args.common = [*(SHORT.split() if args.short else []), *args.common]
+    parsed(tuple(args.common))  # refuses train.py's mistakes before anything is trained
+    return args
+
+
+def chosen(args: argparse.Namespace) -> list[tuple[Table, list[Planned]]]:
+    tables = [TABLES[key] for key in (TABLES if "all" in args.table else args.table)]
+    pairs = [text.partition("=")[::2] for text in args.rows]
+    if pairs:
+        own = [Row(label, flags, base=pairs[-1][1]) for label, flags in pairs]
+        tables.append(Table("Own rows", own, differences=True))
+    return [(table, [Planned(row, args.common) for row in table.rows]) for table in tables]
+
+
+@runtime.program
+def main() -> None:
+    args = parse()
+    tables = chosen(args)
+    rows = [row for _, own in tables for row in own]
+    if args.dry_run:
+        for row in rows:
+            print(f"# {row.row.label}" + (f" ({row.note})" if row.note else ""))
+            for seed in args.seeds if not row.left_out else ():
+                print(*(shown(command) for command, _ in row.commands(args.out, seed)), sep="\n")
+        return
+    failed = [] if args.from_ else run_all(rows, args)
+    found = [(t, own) for t, own in tables if any(r.figures(args.keep, args.seeds) for r in own)]
+    for table, own in found:
+        print(f"\n{text_of(table, own, args)}")
+        if args.chart:
+            chart(own, args)
+    if failed:
+        raise UserError(f"{len(failed)} models failed; the first: {failed[0]}")
+    if not found:
+        raise UserError(f"{args.keep}: holds no figures of these tables and options")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""How much FFD's triplet term does (section 4.3): its value and gradient beside cross-entropy's.
+
+python -m experiments.ffd "stage 1"=runs/stage1 "stage 2"=runs/synthetic
+python -m experiments.ffd --from results/ffd.json
+
+Measured on triplets of the training split, in training mode, in float32. RESULTS.md derives when
+the term can act. `train.py --epochs 0` makes the checkpoint of an untrained model.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import evaluate
+import options
+import runtime
+import train
+from losses import triplet_soft_margin
+from model import MultiModalModel
+from runtime import UserError, whole
+
+COLUMNS = {  # of the table: name in the file -> heading, format
+    "width": ("width", "d"),
+    "fusion_norm": ("&#124;F&#124;²", ".1f"),
+    "data_norm": ("&#124;D&#124;²", ".1f"),
+    "cosine": ("cos(F, D)", ".2f"),
+    "same": ("cos(F, F')", ".2f"),
+    "least_same": ("least", ".2f"),
+    "squared_acts": ("acts below, squared", ".2f"),
+    "plain_acts": ("plain", ".2f"),
+    "squared": ("term, squared", ".1e"),
+    "plain": ("plain", ".1e"),
+    "squared_gradient": ("its gradient, squared", ".1e"),
+    "plain_gradient": ("plain", ".1e"),
+}
+
+
+def acts_below(f: float, g: float, c: float, least: float = 1e-3, *, squared: bool) -> float:
+    """The cosine of two fusion tokens of one identity below which the term exceeds `least`.
+
+    Given squared norms f of fusion and g of data tokens, and c, their cosine. From d(F, D)^2 =
+    f + g - 2 c sqrt(f g), whatever the identities, d(F, F')^2 = 2 f (1 - cos), and log(1 + exp(x))
+    > least where x > log(exp(least) - 1). Below -1: never.
+    """
+    margin = math.log(math.expm1(least))
+    other = f + g - 2 * c * (f * g) ** 0.5
+    same = other + margin if squared else max(0.0, other**0.5 + margin) ** 2
+    return 1 - same / (2 * f)
+
+
+def measure(model: MultiModalModel, images: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
+    """Geometry, term and gradients of a batch of triplets; labels (B,) of the anchors.
+
+    Gradients are norms over fusion token and encoders, as shares of cross-entropy's norm there;
+    Eq. (10) weights both by 0.5.
+    """
+    model.train()
+    model.freeze_backbone(True)  # it has no part in the question, and would take most of the time
+    torch.manual_seed(0)
+    embeddings = model(images)
+    anchor, positive, _ = embeddings.fusion.chunk(3)
+    negative = embeddings.data.chunk(3)[2]
+    same = F.cosine_similarity(anchor, positive)
+    found = {
+        "fusion_norm": anchor.square().sum(-1).mean().item(),
+        "data_norm": negative.square().sum(-1).mean().item(),
+        "cosine": F.cosine_similarity(anchor, negative).mean().item(),
+        "same": same.mean().item(),
+        "least_same": same.min().item(),
+    }
+    norms = (found["fusion_norm"], found["data_norm"], found["cosine"])
+    cross_entropy = F.cross_entropy(model.classify(anchor), labels)
+    parts = [model.fusion_token, *model.encoders.parameters()]
+    whole_norm = gradient_norm(cross_entropy, parts)
+    for name in ("squared", "plain"):
+        term = triplet_soft_margin(anchor, positive, negative, squared=name == "squared")
+        found[f"{name}_acts"] = acts_below(*norms, squared=name == "squared")
+        found[name] = term.item()
+        found[f"{name}_gradient"] = gradient_norm(term, parts) / whole_norm
+    return {"width": model.width, **found, "cross_entropy": cross_entropy.item()}
+
+
+def gradient_norm(loss: Tensor, parameters: list[Tensor]) -> float:
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item()
+
+
+def of_checkpoint(path: str, args: argparse.Namespace) -> dict[str, float]:
+    """What a run's triplet term is worth on `--triplets` triplets of its training split."""
+    device = runtime.start(args.device)
+    model, checkpoint = evaluate.load_model(path)
+    if model.config.fusion != "graft":
+        raise UserError(f"{path}: a model of --fusion {model.config.fusion}; expected graft")
+    settings = options.from_checkpoint(checkpoint["settings"])
+    settings.data_root = args.data_root or settings.data_root
+    split = train.load_splits(settings)[0].train  # without what --val-ids held out
+    pids = split.pids.unique()
+    if pids.tolist() != checkpoint.get("pids"):
+        raise UserError(f"{settings.data_root}: not the identities that {path} was trained on")
+    rows = data.make_triplets(split.pids.numpy(), 1, runtime.numpy_rng(0))[: args.triplets]
+    indices = rows.T.ravel().tolist()  # anchors, then positives, then negatives
+    (images,) = data.read_batches(split, [indices], 0, device)
+    images = data.Normalise(checkpoint["mean"], checkpoint["std"], device)(images)
+    labels = torch.searchsorted(pids, split.pids[indices[: len(rows)]])
+    return measure(model.to(device), images, labels.to(device))
+
+
+def read(path: Path) -> dict[str, dict]:
+    """What --json kept. Raises UserError for anything else."""
+    try:
+        results = json.loads(path.read_text())
+        assert results and all(found.keys() >= COLUMNS.keys() for found in results.values())
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        raise UserError(f"{path}: not what --json of experiments.ffd keeps ({error!r})") from None
+    return results
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = [["", *(heading for heading, _ in COLUMNS.values())]]
+    for label, values in results.items():
+        lines.append([label, *(format(values[n], spec) for n, (_, spec) in COLUMNS.items())])
+    return runtime.markdown(lines)
+
+
+@runtime.program
+def main() -> None:
+    parser = runtime.Parser(__doc__, prog="python -m experiments.ffd")
+    add = parser.add_argument
+    add("checkpoints", nargs="*", metavar="LABEL=CKPT", help="of train.py, --fusion graft")
+    add("--triplets", type=whole(1), default=104, metavar="N")
+    add("--data-root", metavar="DIR", help="(default: as in training)")
+    add("--json", type=Path, metavar="FILE", help="add the figures to those in FILE")
+    add("--from", type=Path, metavar="FILE", dest="from_", help="print what --json kept")
+    runtime.add_device_options(parser, precision=None)
+    args = parser.parse_args()
+    runtime.check_output(args.json, "--json")
+    results = read(args.from_) if args.from_ else {}
+    if args.json and args.json.exists():
+        results |= read(args.json)
+    for text in args.checkpoints:
+        label, _, path = text.rpartition("=")
+        results[label or path] = of_checkpoint(path, args)
+    if not results:
+        raise UserError("no checkpoint: expected LABEL=CKPT, or --from FILE of an earlier call")
+    if args.json:
+        runtime.write_json(args.json, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""The rows of every table, as data: ablate.py trains them and prints ours beside the paper's.
+
+A row's options come on top of the data set's recipe. Those that depend on it, such as a factor of
+its rate or a share of its epoch, are functions of its settings, `b` below.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import combinations
+from math import gcd
+from typing import NamedTuple
+
+import data
+import options
+
+Options = str | Callable[[Namespace], str]
+
+
+class Row(NamedTuple):
+    """A model, or another look at it, and the one that it is compared with."""
+
+    label: str
+    flags: Options | None = ""  # of train.py; None: a row that is only cited
+    paper: tuple[float, ...] = ()  # its mAP, R1, R5, R10 in percent
+    millions: float = 0  # its parameters
+    base: Options = ""  # flags of the model that it is compared with
+    slip: str = ""  # what experiments.published does as the authors' code
+    test: str = ""  # options of evaluate.py
+    prune: Options = ""  # options of prune.py ...
+    target: str = ""  # ... and which of its targets this row is
+    backbone: str = ""  # the only one for which the row makes sense
+
+
+class Table(NamedTuple):
+    title: str
+    rows: list[Row]
+    differences: bool = False  # print mAP against each row's base instead of the paper's figures
+    deviation: float = 0.0  # the paper's standard deviation of mAP over the rows, in percent
+
+
+# --- by what way a setting, a slip or a look can reach the figures
+
+TRIPLETS, MODEL, OPTIMIZER, CENTERS = "triplet loss", "model", "optimizer", "center loss"
+ENTROPY, IMAGES, WEIGHTS, LENGTH = "cross-entropy", "images", "first weights", "length"
+WAYS = {
+    "alpha": TRIPLETS, "triplet": TRIPLETS, "plain_distance": TRIPLETS, "data_token": TRIPLETS,
+    "positives": TRIPLETS, "rgb-files": TRIPLETS, "few-partners": TRIPLETS,
+    "fusion": MODEL, "fusion_tokens": MODEL, "backbone": MODEL, "image_size": MODEL,
+    "lr": OPTIMIZER, "schedule": OPTIMIZER, "unzeroed": OPTIMIZER, "frozen": "frozen backbone",
+    "beta": CENTERS, "center_norm": CENTERS, "random-centroids": CENTERS,
+    "cross_entropy": ENTROPY, "label_smoothing": ENTROPY, "modality_losses": "each sensor's loss",
+    "flips": IMAGES, "erase": IMAGES, "erase-apart": IMAGES, "modalities": "sensors",
+    "backbone_weights": WEIGHTS, "narrow-token": WEIGHTS, "few-anchors": "anchors",
+    "patch_dropout": "patches", "epochs": LENGTH, "epoch_steps": LENGTH, "recipe": "recipe",
+    "test": "test alone", "prune": "pruning",
+}  # fmt: skip
+
+
+def filled(flags: Options, b: Namespace) -> str:
+    return flags if isinstance(flags, str) else flags(b)
+
+
+def vanishes(settings: Namespace) -> bool:
+    """Whether the triplet term of these settings has nothing to do (Eq. (8), section 4.3).
+
+    With squared distances the terms of FFD and DDF stay next to 0 from the first step on, because
+    fusion and data tokens lie far apart whatever the identity: see experiments.ffd. Then nothing
+    that reaches the model through its triplets alone can change it: see experiments.reach.
+    """
+    apart = settings.triplet in ("FFD", "DDF") and not settings.plain_distance
+    return settings.alpha == 0 or (apart and settings.fusion == "graft")
+
+
+# --- rows that are made of others, or depend on the data set
+
+
+def on(base: str, rows: list[Row], label: str = "") -> list[Row]:
+    """The rows on top of these options, which alone are their base."""
+    return [
+        row._replace(
+            label=row.label + label,
+            flags=None if row.flags is None else f"{base} {row.flags}".strip(),
+            base=base,
+        )
+        for row in rows
+    ]
+
+
+def pruned(fractions, base: str, label: str = "", structured: bool = False) -> list[Row]:
+    """A row for each fraction of the prunable weights that is left, in one run of prune.py."""
+    figures = fractions if isinstance(fractions, dict) else dict.fromkeys(fractions, ((), 0))
+    # What did best on other vehicles of the synthetic set: 40 steps a round, at 3e-4 for masks and
+    # at 1e-3 here
+    factor, kind = (5 / 6, "--structured ") if structured else (1 / 4, "")
+
+    def prune(b: Namespace) -> str:
+        triplets = num_samples(b.dataset, b.data_root) * b.positives
+        steps = min(triplets // b.batch_size, b.epoch_steps[1] or triplets)
+        rounds = f"{kind}--rounds 1 --epoch-steps {round(0.325 * steps)}"
+        return f"--keep {' '.join(figures)} {rounds} --schedule cosine --lr {factor * b.lr[1]:.3g}"
+
+    return [
+        Row(f"{left} of the weights{label}", base, *paper, base, prune=prune, target=left)
+        for left, paper in figures.items()
+    ]
+
+
+@cache
+def num_samples(dataset: str, root: str) -> int:
+    """Training samples: as the data set is published, or as it lies at `root`."""
+    counts = data.DATASETS[dataset].counts or {"synthetic": (3200,)}.get(dataset)
+    return counts[0] if counts else len(data.load_dataset(dataset, root, need=("train",)).train)
+
+
+def positives(count: int, flags: str, b: Namespace) -> str:
+    """`flags`, and `count` positives an epoch: an anchor comes as often, in as many steps."""
+    passes = [n * b.positives for n in b.epochs]  # of each anchor
+    whole = 8 // gcd(8, *passes)  # so that 8 positives, too, take whole epochs
+    first, second = (whole * n // count for n in passes)
+    return f"{flags} --positives {count} --epochs {first} {second}".strip()
+
+
+def without_patch_dropout(b: Namespace) -> str:
+    plus = options.recipe("plus", b.dataset, "graft")
+    dropped = plus.get("patch_dropout", (0, 0))
+    # As long in time: a step on half of the patches costs half
+    epochs = [round(n * (1 - share)) for n, share in zip(plus["epochs"], dropped, strict=True)]
+    return f"{PLUS} --patch-dropout 0 0 --epochs {epochs[0]} {epochs[1]}"
+
+
+def longer_frozen(b: Namespace) -> str:
+    epochs = options.recipe("plus", b.dataset, "graft")["epochs"]
+    return f"{PLUS} --epochs {b.epochs[0]} {epochs[1]} --epoch-steps 0 0"
+
+
+# --- Tables 1 to 8
+
+PAIR, PLUS = "--modalities rgb,nir", "--recipe plus"
+PLAIN, FFF = "--plain-distance", "--triplet FFF"
+NOT_PRINTED, AS_PUBLISHED = " (not in the paper)", " (published code)"
+GRAFT_100, GRAFT_300 = (76.6, 94.3, 95.3, 96.0), (75.1, 92.1, 94.5, 95.2)
+TABLE_1 = [
+    Row("HAMNet", "--fusion hamnet", (65.4, 85.5, 87.9, 88.8), 78),
+    Row("DANet (cited)", None, (), 78),
+    Row("GAFNet (cited)", None, (74.4, 93.4, 94.5, 95.0), 130),
+    Row("Multi-Stream ViT", "--fusion multistream", (74.6, 91.3, 92.8, 93.5), 274),
+    Row("GraFT", "", GRAFT_100, 101),
+]
+TABLE_2 = [
+    Row("HAMNet", "--fusion hamnet", (61.9, 84.0, 86.0, 87.0), 52),
+    Row("DANet (cited)", None, (71.0, 89.9, 90.9, 91.5), 52),
+    Row("GAFNet (cited)", None, (72.7, 91.9, 93.6, 94.2), 130),
+    Row("Multi-Stream ViT", "--fusion multistream", (73.7, 91.9, 94.1, 94.8), 187),
+    Row("GraFT", "", GRAFT_300, 97),
+]
+# Section 5.4. The fractions are those of the paper's parameters: (76 - 17.4) / 84.9 M = 0.69, ...
+TABLE_3 = {
+    "0.69": ((76.4, 94.0, 94.4, 94.6), 76),
+    "0.62": ((75.1, 94.1, 94.9, 95.5), 70),
+    "0.50": ((73.3, 92.2, 93.2, 94.2), 60),
+    "0.34": ((69.0, 90.2, 91.1, 91.7), 46),
+}
+TABLE_4 = {
+    "0.80": ((75.1, 91.0, 91.8, 92.4), 80),
+    "0.70": ((74.7, 90.7, 91.53, 92.1), 71),
+    "0.50": ((74.5, 90.1, 91.1, 91.8), 54),
+    "0.39": ((72.48, 88.67, 90.0, 91.0), 45),
+    "0.28": ((65.9, 84.4, 84.4, 86.1), 36),
+    "0.14": ((56.2, 77.7, 79.2, 80.4), 24),
+}
+PUBLISHED = [f"{0.8**i:.3f}" for i in range(1, 10)]  # 20% of what is left a round
+CONTROL = [f"{1 - i / 1000:.3f}" for i in range(1, 10)]  # as much finetuning, next to no pruning
+
+
+def pruning_rows(base: str, dense: Row, fractions: dict) -> list[Row]:
+    rows = on(base, [dense]) + pruned(fractions, base)
+    rows += pruned(list(fractions), base, ", smaller dense model", structured=True)
+    rows += pruned(PUBLISHED, base, ", 20% a round as published")
+    return rows + pruned(CONTROL, base, ": finetuning alone")
+
+
+FUSIONS = [
+    Row("vanilla, new CLS token", "--fusion cls", (60.3, 82.1, 79.8, 83.2)),
+    Row("vanilla, first modality's CLS" + AS_PUBLISHED, "--fusion first-cls"),
+    Row("vanilla, averaged token", "--fusion average", (62.0, 83.9, 85.9, 87.4)),
+    Row("early fusion" + NOT_PRINTED, "--fusion early"),
+    Row("mean of the sensors' CLS tokens, no encoder" + NOT_PRINTED, "--fusion late"),
+    Row("Multi-Stream ViT", "--fusion multistream"),
+    Row("GraFT", FFF),
+]
+TABLE_5 = [Row(f"{label}, FFF", flags, paper) for label, flags, paper, *_ in FUSIONS]
+for label, flags, *_ in FUSIONS[:-1]:
+    TABLE_5 += on(flags, [Row(f"{label}, no triplet loss", "--alpha 0")])
+TABLE_5 += [
+    Row("GraFT, no triplet loss" + NOT_PRINTED, "--alpha 0"),
+    Row("GraFT, FFD", "", (76.4, 94.0, 94.4, 94.6)),
+]
+TABLE_6 = [
+    Row("T", "--modalities tir", (38.6, 63.5, 71.0, 74.7)),
+    Row("N", "--modalities nir", (39.6, 60.4, 64.2, 66.5)),
+    Row("R", "--modalities rgb", (49.3, 70.3, 75.0, 77.4)),
+    Row("R+N", PAIR, (54.3, 76.4, 79.6, 81.6)),
+    Row("N+T", "--modalities nir,tir", (62.7, 86.8, 89.1, 90.3)),
+    Row("R+T", "--modalities rgb,tir", (67.0, 89.2, 91.3, 92.7)),
+    Row("R+N+T", "", GRAFT_100),
+]
+TABLE_7 = [
+    Row("N", "--modalities nir", (51.3, 74.1, 77.2, 79.5), base=PAIR),
+    Row("R", "--modalities rgb", (60.4, 81.5, 83.9, 86.8), base=PAIR),
+    Row("R+N", PAIR, (75.1, 91.4, 92.3, 92.9), base=PAIR),
+]
+TABLE_8 = [
+    Row("FFD", "", GRAFT_100),
+    Row("DDD", "--triplet DDD", (59.0, 85.5, 89.2, 90.4)),
+    Row("FFF", "--triplet FFF", (57.5, 81.2, 84.6, 86.2)),
+    Row("FDD", "--triplet FDD", (62.2, 80.5, 87.3, 88.9)),
+    Row("DFF", "--triplet DFF", (63.6, 86.9, 89.2, 90.0)),
+    Row("DFD", "--triplet DFD", (60.6, 85.2, 88.2, 90.0)),
+    Row("DDF", "--triplet DDF", (57.6, 83.7, 86.9, 88.6)),
+    Row("FDF", "--triplet FDF", (38.2, 60.1, 63.0, 65.0)),
+]
+BY_DISTANCE = on(PLAIN, [row._replace(paper=()) for row in TABLE_8], ", plain distance")
+TESTED_ON_DATA = [
+    row._replace(label=f"{row.label}, tested on the data token", paper=(), test="--features data")
+    for row in TABLE_8 + BY_DISTANCE
+    if row.label.startswith("D")  # as in the published code
+]
+
+# --- where the paper is silent, and beyond it
+
+D5 = Row("D5: RGB files for all sensors of positives and negatives", slip="rgb-files")
+D6 = Row("D6: two positives an identity, four negatives in all", slip="few-partners")
+D15 = Row("D15: a patch as data token", "--data-token 5")
+CHOICES = [
+    Row("the default"),
+    Row("D1: gradients never zeroed", slip="unzeroed"),
+    Row("D2: beta 0.0005 (4.2)", "--beta 0 0.0005"),
+    Row("D2: beta 0.005 (5.2)", "--beta 0 0.005"),
+    Row("D3: plain distance in Eq. (8)", PLAIN),
+    Row("D4: Eq. (9)'s norm, as printed", "--center-norm"),
+    *(D5, D6, D15),
+    *on(PLAIN, [D5, D6, D15], ", plain distance"),
+    *on(FFF, [D5, D6], ", FFF"),
+    Row("D7: one anchor an identity and camera", slip="few-anchors"),
+    Row("D8: horizontal and vertical flips", "--flips 0.5 0.5"),
+    Row("D8: horizontal flips", "--flips 0.5 0"),
+    Row("D8: no flips", "--flips 0 0"),
+    Row("D9: no erasing", "--erase 0"),
+    Row("D9: erasing, the same place in all sensors", "--erase 0.5"),
+    *on("--erase 0.5", [Row("D9: erasing, each sensor apart", slip="erase-apart")]),
+    Row("D10: centroids drawn from N(0, 1), never trained", slip="random-centroids"),
+    Row("D11: stage 2 at four times its rate", lambda b: f"--lr {b.lr[0]:g} {4 * b.lr[1]:g}"),
+    Row("D21: cross-entropy on all", "--cross-entropy all"),
+    Row("D25: vanilla fusion", "--fusion cls"),
+    *on("--fusion cls", [Row("D25: the same, frozen in both stages", "--frozen yes yes")]),
+    Row("D26: narrower start of the fusion token", slip="narrow-token"),
+]
+STAGES = [
+    Row("frozen, then unfrozen"),
+    Row("both stages unfrozen", "--frozen no no"),
+    Row("stage 2 alone, for all epochs", lambda b: f"--epochs 0 {sum(b.epochs)}"),
+    Row("both stages frozen", "--frozen yes yes"),
+    Row("center loss in stage 1, too", lambda b: f"--beta {b.beta[1]:g} {b.beta[1]:g}"),
+    Row("no center loss", "--beta 0 0"),
+]
+SMALL_VIT = "--backbone-weights weights/vit-small-rgb"
+PARTS_OF_PLUS = [
+    Row("the paper's recipe"),
+    Row("the same, features behind the BNNeck", test="--features bnneck"),
+    Row("the same with plus's backbone", f"{SMALL_VIT}-4800.pth", backbone="small"),
+    Row("plus", PLUS),
+    Row("without patch dropout, for as much time", without_patch_dropout, base=PLUS),
+    Row("frozen for as many epochs as by the paper's recipe", longer_frozen, base=PLUS),
+    *on(
+        PLUS,
+        [
+            Row("without balanced batches and hard triplets: FFF", FFF),
+            Row(
+                "without these and cross-entropy on all: FFD",
+                "--triplet FFD --cross-entropy anchors",
+            ),
+            Row("without the cosine schedule", "--schedule sqrt sqrt"),
+            Row("without label smoothing", "--label-smoothing 0 0"),
+            Row("without BNNeck features", test="--features fusion"),
+            Row("without losses of each sensor", "--modality-losses 0"),
+            Row("with the default's backbone", f"{SMALL_VIT}.pth", backbone="small"),
+            Row("on the mean of the sensors' CLS tokens", "--fusion late"),
+        ],
+    ),
+]
+LOOKS = [
+    Row("as trained"),
+    *(Row(look, test=look) for look in ("--flip", "--rerank", "--rerank --flip")),
+    Row("plus", PLUS),
+    Row("plus, --rerank", PLUS, base=PLUS, test="--rerank"),
+]
+SUBSETS = [",".join(s) for size in (1, 2, 3) for s in combinations(("rgb", "nir", "tir"), size)]
+MISSING = [
+    Row(subset + label, flags, base=flags, test=f"--modalities {subset}")
+    for label, flags in (
+        ("", ""),
+        (", plus", PLUS),
+        (", plus without losses of each sensor", f"{PLUS} --modality-losses 0"),
+    )
+    for subset in SUBSETS
+]
+INDICES = [Row(str(i), f"--data-token {i}" if i else "") for i in range(0, 30, 5)]
+INDICES += on(PLAIN, INDICES, ", plain distance")
+FUSION_TOKENS = [Row("1"), Row("2", "--fusion-tokens 2"), Row("4", "--fusion-tokens 4")]
+FIG_1 = on(PAIR, TABLE_2) + pruned(TABLE_4, PAIR, ", GraFT")
+POSITIVES = [
+    Row(f"{n}{label}", partial(positives, n, flags), base=partial(positives, 1, flags))
+    for label, flags in (("", ""), (", FFF", FFF))
+    for n in (1, 2, 4, 8)
+]
+
+SCHEMES = [*TABLE_8, Row("no triplet loss", "--alpha 0"), *BY_DISTANCE, *TESTED_ON_DATA]
+DENSE_100, DENSE_300 = Row("dense", "", GRAFT_100, 101), Row("dense", "", GRAFT_100, 97)
+TABLES = {
+    "1": Table("Table 1, RGBNT100", TABLE_1),
+    "2": Table("Table 2, RGBN300", on(PAIR, TABLE_2)),
+    "3": Table("Table 3, pruning on RGBNT100", pruning_rows("", DENSE_100, TABLE_3)),
+    "4": Table("Table 4, pruning on RGBN300", pruning_rows(PAIR, DENSE_300, TABLE_4)),
+    "5": Table("Table 5, fusion on RGBNT100", TABLE_5),
+    "6": Table("Table 6, modalities of RGBNT100, in training and test", TABLE_6),
+    "7": Table("Table 7, modalities of RGBN300, in training and test", TABLE_7),
+    "8": Table("Table 8, tokens of anchor, positive and negative, RGBNT100", SCHEMES),
+    "fig1": Table("Fig. 1, parameters and mAP on RGBN300", FIG_1),
+    "data-token": Table("Section 6, index of the data token", INDICES, deviation=0.07),
+    "positives": Table("Section 5.1, positives an anchor; steps and anchors are equal", POSITIVES),
+    "fusion-tokens": Table("Section 5.2, fusion tokens", FUSION_TOKENS),
+    "stages": Table("Section 4, stages and the center loss", STAGES),
+    "test": Table("Beyond the paper: mirrored images, re-ranking", LOOKS),
+    "choices": Table("Where the paper is silent or its code differs (D1 to D26)", CHOICES, True),
+    "plus": Table("Beyond the paper: our recipe, and without each of its parts", PARTS_OF_PLUS),
+    "missing": Table("Beyond the paper: trained on three sensors, tested on those named", MISSING),
+}

@@ -1,0 +1,140 @@
+"""A run's page says what was measured and needs nothing beside it; a map shows what is alike."""
+
+import base64
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails, read_json, succeeds
+from PIL import Image
+
+import data
+import evaluate
+from extras import page, pictures, tsne
+from runtime import UserError
+
+
+@pytest.fixture(scope="module")
+def html(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page") / "a <run>"
+    folder.mkdir()
+    for name in ("last.pt", "log.jsonl", "config.json"):
+        shutil.copy(trained / name, folder)
+    stdout = succeeds(pictures, folder, "--html", "--workers", 0)
+    assert f"{folder}/report.html: " in stdout
+    return (folder / "report.html").read_text()
+
+
+def test_the_page_says_what_was_measured(html, trained, tmp_path):
+    metrics = read_json(trained / "metrics.json")
+    for name in ("mAP", "R1", "R5", "R10", "mINP"):
+        assert f"<span>{name}<b>{100 * metrics[name]:.1f}</b></span>" in html
+    succeeds(evaluate, trained, "--modalities", "nir,tir", "--json", tmp_path / "two.json")
+    shown = f"{100 * read_json(tmp_path / 'two.json')['mAP']:.1f}"
+    assert f"<td>nir + tir</td><td>{shown}</td>" in html
+    assert html.count("<tr><td>") > 7
+    assert html.count("<svg") == 4
+    assert "mean loss, weighted, by step" in html
+    # 6 queries with 10 answers; 6 with 6 wrong and the first right one; 6 twice
+    figures = 6 * 11 + 6 * 8 + 6 * 2
+    assert html.count("<figure") == figures
+    assert html.count("<img") == 3 * figures
+    assert html.count('class="wrong"') >= 36
+
+
+def test_the_page_is_whole_and_needs_no_network(html):
+    class Reader(HTMLParser):
+        """Notes what a page refers to, and which elements are open."""
+
+        def __init__(self):
+            super().__init__()
+            self.open, self.links = [], []
+
+        def handle_starttag(self, tag, attributes):
+            self.links += [v for k, v in attributes if k in ("src", "href", "srcset", "data")]
+            if tag not in ("meta", "img", "br", "path", "polyline"):
+                self.open.append(tag)
+
+        def handle_startendtag(self, tag, attributes):
+            assert tag in ("path", "polyline")
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    reader = Reader()
+    reader.feed(html)
+    assert not reader.open
+    assert all(link.startswith("data:image/jpeg;base64,") for link in reader.links)
+    assert not re.search(r"https?:|url\(|@import|<script|<link", html)
+    assert "<title>a &lt;run&gt;: graft on synthetic" in html  # names are text, not markup
+    first = base64.b64decode(reader.links[0].partition(",")[2])
+    assert Image.open(io.BytesIO(first)).height == pictures.HEIGHT
+
+
+def test_a_missing_sensor_keeps_its_place():
+    image = torch.zeros(3, 20, 40, dtype=torch.uint8)
+    shown = page.figure(pictures.Cell({"tir": image}, ("a",)), ("rgb", "tir"))
+    assert shown.index('class="absent" style="width:144px;height:72px">no rgb') < shown.index(
+        "<img"
+    )
+
+
+def test_a_chart_by_hand():
+    panel = {"xlabel": "step", "ylabel": "a & b", "marks": {"stage 2": 5}}
+    svg = page.line_chart({**panel, "lines": {"up": ([0, 10], [0, 5]), "down": ([0, 10], [5, 0])}})
+    assert 'points="48.0,178.0 332.0,18.0"' in svg
+    assert 'points="48.0,18.0 332.0,178.0"' in svg
+    assert 'd="M190.0 18V178"' in svg
+    assert "a &amp; b, by step" in svg
+    assert page.ticks(0, 88, False) == [0, 20, 40, 60, 80]
+    assert page.ticks(0.02, 3, True) == pytest.approx([0.1, 1])
+    flat = page.line_chart({**panel, "lines": {"x": ([3], [0.0])}, "yscale": "log"})
+    assert "48.0," in flat  # no range at all
+
+
+def test_mistakes_in_a_page_give_one_line(trained, tmp_path):
+    assert "expected the folder of a run" in fails(pictures, tmp_path, "--html")
+    for name in ("log.jsonl", "config.json"):
+        shutil.copy(trained / name, tmp_path)
+    assert "last.pt: no such file" in fails(pictures, tmp_path, "--html")
+    assert "trained on rgb,nir,tir" in fails(pictures, trained, "--html", "--modalities", "xray")
+    assert not (tmp_path / "report.html").exists()
+
+
+# --- a map
+
+
+def test_a_map_shows_identities_and_sensors(trained, tiny_data, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    embedder, shown = evaluate.load_embedder(trained, "cpu", workers=0), []
+    gallery = data.load_dataset("synthetic", tiny_data, image_size=(32, 64)).gallery
+    monkeypatch.setattr(tsne, "embed_2d", lambda x, seed: shown.append(x) or x[:, :2].numpy())
+    tsne.draw(embedder, gallery, tmp_path / "map.png")
+    torch.testing.assert_close(shown[0], embedder.embed(gallery), atol=1e-5, rtol=0)
+    nir = embedder.embed(gallery.restricted(("nir",)))
+    torch.testing.assert_close(shown[1][len(gallery) : 2 * len(gallery)], nir, atol=1e-5, rtol=0)
+    assert Image.open(tmp_path / "map.png").width > 1000
+    with pytest.raises(UserError, match="2 gallery samples, expected at least 5"):
+        tsne.draw(embedder, gallery.subset(gallery.samples[:2]), tmp_path / "map.png")
+
+
+def test_groups_far_apart_stay_apart_on_the_map():
+    pytest.importorskip("sklearn")
+    x = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+    x[20:, 0] += 100
+    points = tsne.embed_2d(x, 0)
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    nearest = np.sort(distance, 1)[:, 1]
+    assert distance[:20, 20:].min() > nearest.max()
+    assert np.array_equal(points, tsne.embed_2d(x, 0))
+
+
+def test_a_map_without_its_package_gives_one_line(trained, monkeypatch):
+    find = pictures.importlib.util.find_spec
+    lacking = lambda name: None if name == "sklearn" else find(name)  # noqa: E731
+    monkeypatch.setattr(tsne.importlib.util, "find_spec", lacking)
+    assert "pip install scikit-learn" in fails(evaluate, trained, "--map", "map.png")

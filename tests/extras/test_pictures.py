@@ -1,0 +1,145 @@
+"""Pictures say what the ranking says; curves show a run's log."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import fails, read_json, succeeds
+from PIL import Image
+
+import data
+import evaluate
+from extras import pictures
+from runtime import UserError
+
+
+def colours(path) -> dict:
+    """How often each colour is in a picture."""
+    image = Image.open(path).convert("RGB")
+    return {colour: count for count, colour in image.getcolors(image.width * image.height)}
+
+
+def cell(value, colour, **sizes):
+    images = {m: torch.full((3, *size), value, dtype=torch.uint8) for m, size in sizes.items()}
+    return pictures.Cell(images, ("a", "b"), colour)
+
+
+def test_a_sheet_shows_each_image_in_its_own_aspect_and_frame(tmp_path):
+    wide, both = {"rgb": (20, 40)}, {"rgb": (20, 40), "tir": (40, 20)}
+    first = [cell(11, pictures.RIGHT, **wide), cell(12, pictures.WRONG, **both)]
+    rows = [first, [cell(13, pictures.MATCH), cell(14, pictures.PLAIN)]]
+    pictures.sheet(rows, ("rgb", "tir"), tmp_path / "sheet.png", ("A line of text.",))
+    found, H = colours(tmp_path / "sheet.png"), pictures.HEIGHT
+    assert abs(found[11, 11, 11] - 2 * H * H) < 50  # letters have a few grey pixels, too
+    assert abs(found[12, 12, 12] - 2 * H * H - H * H // 2) < 50
+    assert abs(found[pictures.ABSENT] - 5 * 2 * H * H) < 200  # of eight images three are there
+    frame = (2 * H + 8) * (2 * H + 8) - (2 * H) * (2 * H)  # two rows of images, 2 to 1
+    for colour in (pictures.RIGHT, pictures.WRONG, pictures.MATCH, pictures.PLAIN):
+        assert found[colour] == frame
+    with pytest.raises(UserError, match=r"none/sheet.png: cannot be written"):
+        pictures.sheet(rows, ("rgb", "tir"), tmp_path / "none" / "sheet.png")
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3])
+def test_heat_runs_from_the_maps_own_least_to_its_most(least):
+    weights = torch.full((4, 8), least)
+    weights[1, 6] = least + 0.1
+    hot = pictures.heat(torch.full((3, 64, 128), 100, dtype=torch.uint8), weights)
+    assert hot.shape == (3, 64, 128 + 3 + 6)  # the map, a gap, the bar
+    assert hot[:, 24, 104].min() > 150  # the patch's middle: white
+    assert (hot[:, 50, 20] == 45).all()  # the rest: darker grey
+    assert (hot[:, 0, -1] == 255).all()
+    assert (hot[:, -1, -1] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def ranking(tiny_data):
+    """Query and gallery of the tiny set, ranked by features that are far from ties."""
+    dataset = data.load_dataset("synthetic", tiny_data, image_size=(32, 64))
+    query, gallery = dataset.query, dataset.gallery
+    generator = torch.Generator().manual_seed(0)
+    q, g = (F.normalize(torch.randn(len(s), 16, generator=generator)) for s in (query, gallery))
+    return evaluate.rank_features((query, q), (gallery, g))
+
+
+def test_lists_are_ranked_as_the_metric_ranks(ranking):
+    query, gallery, metrics, _ = ranking
+    chosen = [(i, "named") for i in range(len(query))]
+    lists = pictures.ranked_list(ranking, chosen, top=len(gallery))
+    failures = pictures.failures(ranking, chosen)
+    for i, ((asked, *answers), (_, *wrong, first)) in enumerate(zip(lists, failures, strict=True)):
+        right = np.array([cell.colour == pictures.RIGHT for cell in answers])
+        precision = right.cumsum()[right] / (np.flatnonzero(right) + 1)
+        assert precision.mean() == pytest.approx(metrics.ap[i].item())
+        assert len(answers) == len(gallery) - 2  # of the query's identity and camera: 2
+        assert asked.lines[1] == f"named, AP {100 * metrics.ap[i]:.1f}%"
+        assert first.colour == pictures.RIGHT
+        assert first.lines[0].startswith(f"rank {right.argmax() + 1}: {query.pids[i]:04}_c")
+        assert [cell.colour for cell in wrong] == 6 * [pictures.WRONG]
+        words = [cell.lines[1].split() for cell in answers]
+        assert {word for word, _ in words} == {"similarity"}
+        similarities = [float(number) for _, number in words]
+        assert similarities == sorted(similarities, reverse=True)
+
+
+def test_chosen_queries(ranking):
+    query, _, metrics, _ = ranking
+    name, ap = query.samples[7].name, metrics.ap
+    chosen = pictures.choose(["best", name, "worst", "random"], query, ap, 3)
+    assert [reason[0] for _, reason in chosen] == list("bbnwwrr")
+    assert ap[chosen[0][0]] == ap.max()
+    assert ap[chosen[3][0]] == ap.min()
+    assert chosen[2] == (7, "named")
+    assert pictures.choose(["random"], query, ap, 3) == chosen[5:]
+    assert pictures.choose(["random"], query, ap, 4) != chosen[5:]
+    with pytest.raises(UserError, match="--queries 9999: no query has this name"):
+        pictures.check_queries(["9999"], query)
+
+
+def test_evaluate_draws_what_it_is_asked_for(trained, tmp_path):
+    names = ("ranked-list", "failures", "attention", "cmc")
+    files = {f"--{name}": tmp_path / f"{name}.png" for name in names}
+    options = [word for pair in files.items() for word in pair]
+    stdout = succeeds(evaluate, trained, *options)
+    for file in files.values():
+        assert Image.open(file).width > 300
+        assert f"{file}: " in stdout
+    assert "--queries nobody" in fails(evaluate, trained, *options, "--queries", "nobody")
+
+
+# --- curves
+
+
+def test_curves_weigh_each_loss(trained, tmp_path, monkeypatch):
+    assert f"{trained}/curves.png: losses" in succeeds(pictures, trained)
+    losses, rate, _ = pictures.training_panels(trained)
+    settings, lines = read_json(trained / "config.json"), losses["lines"]
+    parts = [y for label, (_, y) in lines.items() if label != "loss"]
+    np.testing.assert_allclose(np.sum(parts, 0), lines["loss"][1], rtol=1e-5)
+    assert len(parts) == 3
+    x, rates = rate["lines"]["rate"]
+    assert x == list(range(1, 33))  # 16 steps a stage
+    assert rate["marks"] == {"stage 2": 16}
+    assert rates[-1] == settings["lr"][1]
+    shutil.copy(trained / "config.json", tmp_path)
+    assert "expected the folder of a run" in fails(pictures, tmp_path / "last.pt")
+    (tmp_path / "log.jsonl").write_text("no log")
+    assert "expected the folder of a run" in fails(pictures, tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+    assert "charts need matplotlib" in fails(pictures, trained)
+
+
+def test_axes_are_plain():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.plot([1, 2], [0, 30])
+    pictures.plain_axes(axes)
+    assert axes.get_ylim()[0] == 0
+    axes.set(yscale="log", ylim=(1e-3, 10))
+    pictures.plain_axes(axes)
+    assert [axes.yaxis.get_major_formatter()(y) for y in (0.001, 10)] == ["0.001", "10"]
