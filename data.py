@@ -330,7 +330,7 @@ def open_store(split: Split) -> dict[str, Tensor] | None:
     if not (split.store_gb and split.image_size and len(split)):
         return None
     files = store_files(split)
-    with runtime.local_rank0_first():
+    with runtime.rank0_first(of_machine=True):
         missing = {modality: file for modality, file in files.items() if not file.exists()}
         if missing and runtime.local_rank() == 0:
             fill_store(split, missing)
@@ -694,7 +694,8 @@ def synthetic_folder(root: Path, render: bool) -> Path:
                         time.sleep(0.1)
                 finally:
                     child.terminate()
-            if number := runtime.noted_signal():
+                number = runtime.noted_signal()
+            if number:
                 raise runtime.Stopped(number, "stopped while rendering the synthetic set")
             if child.returncode:
                 raise UserError(f"{folder}: rendering failed; see above")

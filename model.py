@@ -561,26 +561,15 @@ def read_weights(path: str | Path) -> dict:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """load_state_dict, with a UserError that names what is missing, unknown or of another shape."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
+    """load_state_dict, whose errors name what is missing, unknown or of another shape."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{path}: not the weights of this backbone: lacks {_some(missing)}, has also"
-            f" {_some(unknown)}; other ViTs than DeiT are --backbone timm:NAME"
-        )
-    for name, weight in own.items():
-        if state[name].shape != weight.shape:
-            raise UserError(
-                f"{path}: {name} has the shape {tuple(state[name].shape)}, this backbone's has"
-                f" {tuple(weight.shape)}; choose the --backbone that the file was made for"
-            )
-    module.load_state_dict(state)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more or "nothing"
+            f"{path}: not the weights of this backbone ({reason}); choose the --backbone that"
+            " it was made for; any ViT of timm is timm:NAME"
+        ) from None
 
 
 def resize_pos_embed(

@@ -10,7 +10,6 @@ other: evaluate.py reads them, prune.py prunes them further. OUT/results.json ho
 OUT/last.pt what --resume needs. Masks make files small, but a model no faster.
 """
 
-import re
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -98,14 +97,13 @@ def prune_model(args: Namespace) -> list[dict]:
     if not pruning.rows:
         add_row(run, "start", pruning)
     stage = finetuning(run, plan)
-    for fraction in fractions[pruning.rounds :]:
+    for i, fraction in enumerate(fractions[pruning.rounds :], pruning.rounds + 1):
         # Numbered behind the two stages of training, so that each round draws its own triplets
-        number, name = pruning.rounds + 3, f"round {pruning.rounds + 1} of {len(fractions)}"
-        keep = round(fraction * prunable(run.model))
-        prune_once(run, replace(stage, number=number, name=name), keep, plan["structured"])
-        pruning.rounds += 1
-        if pruning.rounds % plan["rounds"] == 0:
-            add_row(run, labels[pruning.rounds // plan["rounds"] - 1], pruning)
+        stage = replace(stage, number=i + 2, name=f"round {i} of {len(fractions)}")
+        prune_once(run, stage, round(fraction * prunable(run.model)), plan["structured"])
+        pruning.rounds = i
+        if i % plan["rounds"] == 0:
+            add_row(run, labels[i // plan["rounds"] - 1], pruning)
         pruning.log_size = run.log.size
         with runtime.rank0_first():
             write(args.out / "last.pt", run.model, {**run.describe(), "pruning": vars(pruning)})
@@ -128,11 +126,11 @@ def prune_once(run: train.Run, stage: train.Stage, keep: int, structured: bool) 
 
 def finetuning(run: train.Run, plan: dict) -> train.Stage:
     """The settings of the epochs after a round: stage 2's, but for what the plan says."""
-    changes = {"epochs": plan["finetune_epochs"], "epoch_steps": plan["epoch_steps"]}
-    changes |= {name: plan[name] for name in ("lr", "schedule") if plan[name] is not None}
+    epochs = {"epochs": plan["finetune_epochs"], "epoch_steps": plan["epoch_steps"]}
+    stage = replace(run.args.stages[1], frozen=False, **epochs)
     if plan["lr"] is not None:
-        changes["backbone_lr"] = None
-    stage = replace(run.args.stages[1], frozen=False, **changes)
+        stage = replace(stage, lr=plan["lr"], backbone_lr=None)
+    stage = replace(stage, schedule=plan["schedule"] or stage.schedule)
     # A whole stage's warm-up could be longer than a round
     steps = stage.epochs * run.batches.num_steps(stage)
     return replace(stage, warmup_steps=min(stage.warmup_steps, steps // 10))
@@ -186,24 +184,21 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
     device, last = runtime.start(args.device), args.out / "last.pt"
     resumed = last.exists()
     if resumed and not args.resume:
-        raise UserError(
-            f"{args.out}: holds a run already; choose another --out, or continue it with --resume"
-        )
+        raise UserError(f"{args.out}: holds a run already; choose another --out, or give --resume")
     path = last if resumed else args.checkpoint
     embedder, checkpoint = evaluate.load_embedder(path, device), runtime.load_checkpoint(path)
-    if "pids" not in checkpoint or "criterion" not in checkpoint:
-        raise UserError(
-            f"{args.checkpoint}: lacks what training needs; expected a checkpoint of train.py or"
-            " prune.py"
-        )
-    pruning = stored_pruning(args, checkpoint) if resumed else new_pruning(args, embedder.model)
-    settings = training_settings(args, pruning.plan, embedder.settings)
+    needed = {"pids", "criterion"} | ({"pruning", "samples"} if resumed else set())
+    if not needed <= checkpoint.keys():
+        program = "prune.py" if resumed else "train.py or prune.py"
+        raise UserError(f"{path}: expected a checkpoint that {program} wrote")
+    pruning = planned(args, embedder.model, checkpoint.get("pruning") if resumed else None)
+    settings, chosen = options.from_checkpoint(embedder.settings), {**vars(args), **pruning.plan}
+    for name in ("out", "device", "data_root", "workers", "seed", "precision"):
+        if chosen[name] is not None:
+            setattr(settings, name, chosen[name])
     dataset, _ = train.load_splits(settings, data.SPLITS, render=False)
     if dataset.train.pids.unique().tolist() != checkpoint["pids"]:
-        raise UserError(
-            f"{settings.data_root}: its training identities are not those that {args.checkpoint}"
-            " was trained on"
-        )
+        raise UserError(f"{settings.data_root}: {path} was trained on other identities")
     if resumed:
         train.check_same_samples(settings, checkpoint, dataset)
     run = train.Run(settings, device, dataset, embedder.model)
@@ -215,74 +210,46 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
     return run, pruning
 
 
-def stored_pruning(args: Namespace, checkpoint: dict) -> Pruning:
-    """What OUT holds. Raises UserError where the command line asks for something else."""
-    if "pruning" not in checkpoint or "samples" not in checkpoint:
-        raise UserError(
-            f"{args.out}/last.pt: was not written by this version's prune.py; choose another --out"
-        )
-    pruning = Pruning(**checkpoint["pruning"])
-    for name, value in given(args).items():
-        if pruning.plan[name] != value:
+def planned(args: Namespace, model: MultiModalModel, stored: dict | None) -> Pruning:
+    """The pruning to start, or the stored one to continue as it began."""
+    given = {name: getattr(args, name) for name in PLAN if getattr(args, name) is not None}
+    if stored is None:
+        plan = {**PLAN, **given}
+        return Pruning(plan, read_targets(plan, model), kept(model) / prunable(model))
+    for name, value in given.items():
+        if stored["plan"][name] != value:
             raise UserError(
                 f"--{name.replace('_', '-')} {value}: the pruning in {args.out} has"
-                f" {pruning.plan[name]}; leave the option out to continue it, or choose another"
-                " --out"
+                f" {stored['plan'][name]}; leave the option out, or choose another --out"
             )
-    return pruning
-
-
-def new_pruning(args: Namespace, model: MultiModalModel) -> Pruning:
-    plan = {**PLAN, **given(args)}
-    if not (plan["params"] or plan["keep"]):
-        raise UserError("expected targets, e.g. --params 76M 60M or --keep 0.69 0.5")
-    return Pruning(plan, read_targets(plan, model), kept(model) / prunable(model))
-
-
-def given(args: Namespace) -> dict:
-    """The options of PLAN that the command line gives."""
-    values = {name: getattr(args, name) for name in PLAN}
-    return {name: value for name, value in values.items() if value is not None}
+    return Pruning(**stored)
 
 
 def read_targets(plan: dict, model: MultiModalModel) -> dict[str, float]:
-    """The targets as typed -> fractions of the prunable weights, largest first.
-
-    Raises UserError for what cannot be.
-    """
+    """The targets as typed -> fractions of the prunable weights, largest first."""
+    if not (plan["params"] or plan["keep"]):
+        raise UserError("expected targets, e.g. --params 76M 60M or --keep 0.69 0.5")
     total, left, least = prunable(model), kept(model), 0
     if plan["structured"]:
         structured = runtime.imported("extras.structured")
         structured.check(model)
         least = structured.smallest(model.config)
-    # What a target counts besides the weights that are left, and the unit of an answer
-    option, others, unit = "--keep", 0, total
-    if plan["params"]:
-        option, others, unit = "--params", model.num_parameters(nonzero=True) - left, 1e6
-    targets, suffix = {}, "M" if plan["params"] else ""
+    targets = {}
     for text in plan["params"] or plan["keep"]:
-        match = re.fullmatch(r"(\d*\.?\d+)([kM]?)", text)
-        if not match:
-            raise UserError(f"{option} {text}: expected a number, e.g. 76M, or 0.5 with --keep")
-        number = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
-        fraction = (number - others) / total if plan["params"] else number
+        try:
+            number = 1e6 * float(text[:-1]) if text.endswith("M") else float(text)
+        except ValueError:
+            raise UserError(f"{text}: expected a target such as 76M or 0.5") from None
+        fraction = number
+        if plan["params"]:  # counts the weights that are never pruned, too
+            fraction = (number - (model.num_parameters(nonzero=True) - left)) / total
         if not least / total < fraction < left / total:
-            low, high = (f"{(n + others) / unit:.3g}{suffix}" for n in (least, left))
             raise UserError(
-                f"{option} {text}: expected more than {low}, which stays in any case, and less than"
-                f" the model's {high}"
+                f"{text}: would leave {fraction:.3g} of the prunable weights; expected more than"
+                f" {least / total:.3g} and less than {left / total:.3g}"
             )
         targets[text] = fraction
     return dict(sorted(targets.items(), key=lambda item: -item[1]))
-
-
-def training_settings(args: Namespace, plan: dict, stored: dict) -> Namespace:
-    """train.py's settings as in training, where plan or command line say nothing else."""
-    settings = options.from_checkpoint(stored)
-    changes = {name: getattr(args, name) for name in ("out", "device", "data_root", "workers")}
-    changes |= {name: plan[name] for name in ("seed", "precision")}
-    vars(settings).update({name: value for name, value in changes.items() if value is not None})
-    return settings
 
 
 # --- command line
@@ -302,7 +269,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--structured", action="store_true", default=None, help=text)
     text = "store the targets' weights in 2 bytes each"
     add("--half", action="store_true", default=None, help=text)
-    text = "prunings and finetunings to each target; published code: up to 30 (default: 3)"
+    text = "to each target; published code: up to 30 (default: 3)"
     add("--rounds", metavar="N", type=whole(1), help=text)
     text = "after each round; published code: 9 (default: 1)"
     add("--finetune-epochs", metavar="N", type=whole(0), help=text)
@@ -312,16 +279,14 @@ def parse(argv: list[str] | None = None) -> Namespace:
     text = "of finetuning; published code: cosine (default: stage 2's)"
     add("--schedule", choices=options.SCHEDULES, help=text)
     add("--seed", metavar="N", type=whole(0), help="random seed (default: 0)")
-    text = "the data set's folder or its parent (default: as in training)"
-    add("--data-root", metavar="DIR", help=text)
+    add("--data-root", metavar="DIR", help="the data set's folder (default: as in training)")
     text = "folder to write (default: pruned, or structured, beside CKPT)"
     add("--out", type=Path, metavar="DIR", help=text)
     add("--resume", action="store_true", help="continue what OUT holds; start it if OUT is empty")
     text = "draw mAP over parameters, as Fig. 1 does (needs matplotlib)"
     add("--chart", type=Path, metavar="FILE", help=text)
     runtime.add_device_options(parser, precision=None)
-    text = "reading processes of a rank (default: as in training)"
-    add("--workers", metavar="N", type=whole(0), help=text)
+    add("--workers", metavar="N", type=whole(0), help="reading processes (default: as in training)")
     args = parser.parse_args(argv)
     beside = "structured" if args.structured else "pruned"
     args.out = args.out or runtime.checkpoint_file(args.checkpoint).parent / beside
@@ -337,7 +302,10 @@ def main() -> None:
         runtime.check_output(args.chart, "--chart", (".png", ".pdf", ".svg"))
     rows = prune_model(args)
     if args.chart and runtime.rank() == 0:
-        pictures.size_chart({str(args.out): rows}, args.chart)
+        x = [row["params"] / 1e6 for row in rows]
+        y = [100 * row["mAP"] for row in rows]
+        axes = {"xlabel": "non-zero parameters (millions)", "ylabel": "mAP (%)"}
+        pictures.chart([{"lines": {"mAP": (x, y)}, **axes}], args.chart)
         print(f"{args.chart}: mAP over parameters")
 
 

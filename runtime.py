@@ -135,25 +135,22 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def whole(low: int, high: int = 2**63 - 1):
     """An option's type: a whole number from `low` to `high`."""
-    return _number(int, "a whole number", low, high)
+    return functools.partial(_number, int, low, high)
 
 
 def real(low: float = -math.inf, high: float = math.inf):
     """An option's type: a finite number from `low` to `high`."""
-    return _number(float, "a number", low, high)
+    return functools.partial(_number, float, low, high)
 
 
-def _number(kind: type, noun: str, low: float, high: float):
-    def convert(text: str):
-        with suppress(ValueError, OverflowError):
-            value = kind(text)
-            if math.isfinite(value) and low <= value <= high:
-                return value
-        bounds = f" from {low} to {high}" if high < 2**62 else f" of at least {low}"
-        bounds = bounds if low > -math.inf else ""
-        raise argparse.ArgumentTypeError(f"expected {noun}{bounds}, not {text}")
-
-    return convert
+def _number(kind: type, low: float, high: float, text: str):
+    with suppress(ValueError, OverflowError):
+        value = kind(text)
+        if math.isfinite(value) and low <= value <= high:
+            return value
+    noun = "a whole number" if kind is int else "a number"
+    bounds = f" from {low} to {high}" if high < 2**62 else f" of at least {low}"
+    raise argparse.ArgumentTypeError(f"expected {noun}{bounds}, not {text}")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -274,18 +271,13 @@ def warn(message: str) -> None:
     print0(f"warning: {message}", file=sys.stderr)
 
 
-def rank0_first():
-    """Rank 0 runs the block before the others: for work whose files the others then find."""
-    return _first(rank() == 0)
-
-
-def local_rank0_first():
-    """The same for the first rank of each machine."""
-    return _first(local_rank() == 0)
-
-
 @contextmanager
-def _first(is_first: bool):
+def rank0_first(of_machine: bool = False):
+    """Rank 0, or the first rank of each machine, runs the block before the others do.
+
+    For work whose files the others then find.
+    """
+    is_first = (local_rank() if of_machine else rank()) == 0
     if not is_first:
         dist.barrier()
     yield
@@ -503,10 +495,11 @@ def check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ())
 
 
 def own_folder(path: Path):
-    """Lock a run's folder until the returned file is closed, or the process ends.
+    """Make a run's folder, and lock it until the returned file is closed or the process ends.
 
     Raises UserError while another process holds it: two runs would mix their files.
     """
+    make_folder(path, "--out")
     file = open(path / ".lock", "w")  # noqa: SIM115
     try:
         import fcntl
@@ -598,20 +591,15 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse archives that would take more memory than their size, and damaged ones.
-
-    torch.load checks neither.
-    """
+    """Refuse what torch.load does not look for: damage, and records larger than the file."""
     with zipfile.ZipFile(path) as archive:
         size = sum(record.file_size for record in archive.infolist())
         if size > path.stat().st_size:
             raise UserError(
-                f"{path}: its records claim {size} bytes; expected a file as torch.save writes it"
+                f"{path}: its records claim {size} bytes; torch.save writes no such file"
             )
         if damaged := archive.testzip():
-            raise UserError(
-                f"{path}: damaged (its record {damaged} has a wrong checksum); use another copy"
-            )
+            raise UserError(f"{path}: damaged in its record {damaged}; use another copy")
 
 
 def pack(weight: Tensor) -> dict:

@@ -303,7 +303,6 @@ class Run:
         """Begin to write to OUT, which no other process may do until this one ends."""
         out = self.args.out
         if runtime.rank() == 0:
-            runtime.make_folder(out, "--out")
             self.lock = runtime.own_folder(out)
             runtime.write_json(out / "config.json", settings(self.args))
         # What the log holds beyond a checkpoint, the steps that are done again write again
@@ -626,11 +625,11 @@ def stored_run(args: argparse.Namespace) -> tuple[argparse.Namespace, dict | Non
 
 
 def check_same_samples(args: argparse.Namespace, checkpoint: dict, dataset: data.Dataset) -> None:
-    """Refuse other training samples: the triplets that are left would be others."""
+    """Refuse to continue on other training samples: the triplets that are left would be others."""
     if checkpoint["samples"] != dataset.train.digest():
         raise UserError(
-            f"{args.data_root}: its training samples are not those that the run in {args.out} was"
-            " started with; restore them, or choose another --out"
+            f"{args.data_root}: its training samples are not those of the run in {args.out};"
+            " restore them, or choose another --out"
         )
 
 
@@ -676,17 +675,15 @@ def announce(run: Run) -> None:
     args, device, dataset = run.args, run.embedder.device, run.dataset
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, np)}
     versions["python"] = platform.python_version()
-    fast = runtime.bf16_is_fast(device)
-    precision = args.precision if args.precision != "auto" else "bf16" if fast else "fp32"
-    shown = " ".join(f"{name}={value}" for name, value in settings(args).items())
-    runtime.print0(f"settings: {shown}")
-    runtime.print0(f"versions: {' '.join(f'{k} {v}' for k, v in versions.items())}")
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if runtime.bf16_is_fast(device) else "fp32"
+    for name, values in (("settings", settings(args)), ("versions", versions)):
+        runtime.print0(f"{name}:", " ".join(f"{key}={value}" for key, value in values.items()))
     runtime.print0(
-        f"device: {runtime.machine(device)} ({device}), {runtime.world_size()} rank(s), {precision}"
-    )
-    runtime.print0(
-        f"{args.dataset}: {len(dataset.train)} training samples of {run.model.config.num_ids}"
-        f" identities, {len(dataset.query)} queries, {len(dataset.gallery)} gallery samples;"
+        f"{runtime.machine(device)} ({device}), {runtime.world_size()} rank(s), {precision};"
+        f" {len(dataset.train)} training samples of {run.model.config.num_ids} identities,"
+        f" {len(dataset.query)} queries, {len(dataset.gallery)} gallery samples;"
         f" {run.model.num_parameters() / 1e6:.2f} M parameters"
     )
     run.log.write("start", settings=settings(args), versions=versions)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, stdev, variance
 from threading import Lock
@@ -39,21 +40,18 @@ BY_CONSTRUCTION = (
 )
 writing = Lock()
 
-# --- a row with the options of a call filled in
-
 
 class Planned:
-    """What a row is for these options for all rows: its settings, names, figures and commands."""
+    """A row under the options for all rows: its settings, names, figures and commands."""
 
     def __init__(self, row: Row, common: list[str]):
         common, b = tuple(common), parsed(tuple(common))
+        flags, base = filled(row.flags or "", b), filled(row.base, b)
         self.row, self.test, self.prune = row, row.test.split(), filled(row.prune, b).split()
         self.look = " ".join([*self.test, *self.prune, row.target]).strip()
-        flags, base = (filled(text or "", b) for text in (row.flags, row.base))
         self.words, self.base = (*common, *flags.split()), (*common, *base.split())
-        # Settings that differ from the base's, the slip, and whether this is another look
-        self.changes, self.left_out = set(), self.unfit(b)
-        self.note = self.left_out  # what there is to say of it here
+        self.changes = set()  # settings that differ from the base's, the slip, test and prune
+        self.note = self.left_out = self.unfit(b)
         if not self.left_out:
             self.changes = differences(settings(self.words), settings(self.base))
             self.changes |= {row.slip, "test" * bool(self.test), "prune" * bool(self.prune)} - {""}
@@ -63,13 +61,10 @@ class Planned:
                 self.words = common  # or it would be trained again under another name
         self.name = slug(" ".join([row.slip, *self.words])).strip("-") or "default"
         self.ways = ", ".join(sorted({WAYS.get(name, name) for name in self.changes}))
-        both = (self.words, self.base) if self.ways == TRIPLETS else ()
-        self.by_construction = bool(both) and all(vanishes(parsed(words)) for words in both)
+        self.by_construction = self.ways == TRIPLETS and all(
+            vanishes(parsed(words)) for words in (self.words, self.base)
+        )
         self.note = self.note or "by construction" * self.by_construction
-
-    @property
-    def args(self) -> argparse.Namespace:
-        return parsed(self.words)
 
     def unfit(self, b: argparse.Namespace) -> str:
         """Why the row cannot be run with the options for all rows; nothing where it can."""
@@ -107,7 +102,7 @@ class Planned:
         """Training, and what follows for another look; each with the file that it ends with."""
         out = out / self.name / str(seed)
         checkpoint, seeded = str(out / "last.pt"), ["--seed", str(seed), "--resume"]
-        device = [] if self.args.device == "auto" else ["--device", self.args.device]
+        device = ["--device", parsed(self.words).device]
         slip = ["-m", "experiments.published", self.row.slip]
         train = [*(slip if self.row.slip else ["train.py"]), *self.words, "--out", str(out)]
         found = [([*train, *seeded], out / "metrics.json")]
@@ -152,9 +147,6 @@ def settings(words: tuple[str, ...]) -> dict:
 def differences(own: dict, base: dict) -> set[str]:
     """The names of the settings that make two models differ; a recipe counts as one of them."""
     names = {name for name, value in own.items() if value != base[name]}
-    known = data.DATASETS[own["dataset"]].modalities
-    if all((found["modalities"] or [*known]) == [*known] for found in (own, base)):
-        names -= {"modalities"}
     if own["alpha"] == base["alpha"] == 0:
         names -= {"triplet", "plain_distance"}
     if "positives" in names:  # they take fewer epochs for as many steps
@@ -170,19 +162,13 @@ def read_figures(path: Path, made_by: dict) -> dict[str, dict[str, dict]]:
         return {}
     try:
         content = json.loads(path.read_text())
-        looks, kept = content["looks"], dict(content["settings"])
-        for seeds in looks.values():
-            assert all(metrics.keys() >= {*FIGURES, "params"} for metrics in seeds.values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
-        raise UserError(
-            f"{path}: not a file of ablate's figures ({error!r}); name the folder of --keep"
-        ) from None
+        looks, kept = content["looks"], content["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a file of ablate's figures; name another --keep") from None
     for name in kept.keys() & made_by.keys():  # an older version had other settings, too
         if kept[name] != made_by[name]:
-            raise UserError(
-                f"{path}: its figures are of {name} {kept[name]}, not {made_by[name]}: remove it,"
-                " and the runs that made it, or name another --keep"
-            )
+            found = f"its figures are of {name} {kept[name]}, not {made_by[name]}"
+            raise UserError(f"{path}: {found}: remove it and its runs, or name another --keep")
     return looks
 
 
@@ -224,10 +210,9 @@ def launch(command: list[str], folder: Path, args: argparse.Namespace) -> None:
     runtime.make_folder(folder, "--out")
     log = folder / "output.txt" if args.parallel > 1 else None
     # Ctrl-C and a job queue's signals reach the programs themselves, which save where they are
-    with open(log or os.devnull, "a") as file:
-        output = {"stdout": file, "stderr": subprocess.STDOUT} if log else {}
+    with open(log, "a") if log else nullcontext() as file:
         launched = [sys.executable, *(ranks if args.ranks > 1 else []), *command]
-        code = subprocess.run(launched, **output).returncode
+        code = subprocess.run(launched, stdout=file, stderr=file).returncode
     if code:
         raise UserError(f"{shown(command)}: exit code {code}" + (f"; see {log}" if log else ""))
 
@@ -251,33 +236,25 @@ def text_of(table: Table, rows: list[Planned], args: argparse.Namespace) -> str:
     for row, runs in measured:
         label, params = row.row.label, f"{runs[0]['params'] / 1e6:.2f} M" if runs else "-"
         notes = [row.note, f"on {machine(runs)}" if runs and machine(runs) != usual else ""]
-        label += "".join(f" ({note})" for note in notes if note and note not in label)
+        label += "".join(f" ({note})" for note in notes if note)
         ours = [spread([100 * metrics[name] for metrics in runs]) for name in FIGURES]
-        last = [printed(row.row)]
+        paper = " / ".join(map(str, row.row.paper)) or "-"
+        last = [f"{row.row.millions:g} M: {paper}" if row.row.millions else paper]
         if table.differences:
             last = [against_base(row, runs, args), row.ways or "-"]
         lines.append([label, params, *ours, *last])
-    counts = sorted({len(runs) for _, runs in measured if runs})
-    seeds = " to ".join(map(str, dict.fromkeys([*counts[:1], *counts[-1:]])))
-    title = f"{table.title}; {seeds} seeds, mean ± standard deviation; {usual}"
-    text = f"{title if counts else table.title}\n\n{runtime.markdown(lines)}"
-    text += f"\n\n{BY_CONSTRUCTION}" if any(row.by_construction for row in rows) else ""
-    alive = [runs for row, runs in measured if row.changes and not row.by_construction]
-    by_seed = list(zip(*alive, strict=False))
-    if table.deviation and by_seed and len(alive) > 1:
-        found = mean(stdev(100 * metrics["mAP"] for metrics in runs) for runs in by_seed)
-        text += "\n\nStandard deviation of mAP over the rows that could differ, mean of the seeds:"
-        text += f" {found:.2f} points (the paper: {table.deviation})"
-    return text
+    title = table.title
+    if counts := {len(runs) for _, runs in measured if runs}:
+        seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+        title += f"; {seeds} seeds, mean ± standard deviation; {usual}"
+    parts = [title, runtime.markdown(lines)]
+    if any(row.by_construction for row in rows):
+        parts.append(BY_CONSTRUCTION)
+    return "\n\n".join(parts)
 
 
 def machine(runs: list[dict]) -> str:
     return " and ".join(sorted({metrics["machine"] for metrics in runs}))
-
-
-def printed(row: Row) -> str:
-    paper = " / ".join(map(str, row.paper)) or "-"
-    return f"{row.millions:g} M: {paper}" if row.millions else paper
 
 
 def spread(values: list[float]) -> str:
@@ -314,18 +291,20 @@ def chart(rows: list[Planned], args: argparse.Namespace) -> None:
     """Fig. 1: mAP over parameters, the paper's figures beside ours."""
     from extras import pictures
 
-    theirs = [(p.row.label, p.row.millions, p.row.paper[0]) for p in rows if p.row.paper]
-    found = [(p.row.label, p.figures(args.keep, args.seeds)) for p in rows]
-    ours = [(n, m[0]["params"] / 1e6, 100 * mean(x["mAP"] for x in m)) for n, m in found if m]
+    theirs, ours = {}, {}
+    for planned in rows:
+        row, runs = planned.row, planned.figures(args.keep, args.seeds)
+        label = "GraFT" if "GraFT" in row.label else row.label
+        if row.paper:
+            theirs.setdefault(label, []).append((row.millions, row.paper[0]))
+        if runs:
+            mAP = 100 * mean(metrics["mAP"] for metrics in runs)
+            ours.setdefault(label, []).append((runs[0]["params"] / 1e6, mAP))
+    axes = {"xlabel": "non-zero parameters (millions)", "ylabel": "mAP (%)"}
     panels = []
-    for title, points in (("the paper", theirs), ("measured", ours)):
-        lines: dict[str, tuple[list, list]] = {}
-        for label, millions, mAP in points:
-            x, y = lines.setdefault("GraFT" if "GraFT" in label else label, ([], []))
-            x.append(millions)
-            y.append(mAP)
-        axes = {"xlabel": "non-zero parameters (millions)", "ylabel": "mAP (%)", "title": title}
-        panels.append({"lines": lines, **axes})
+    for title, found in (("the paper", theirs), ("measured", ours)):
+        lines = {label: tuple(zip(*points, strict=True)) for label, points in found.items()}
+        panels.append({"lines": lines, "title": title, **axes})
     pictures.chart(panels, args.chart)
 
 
@@ -335,41 +314,44 @@ def chart(rows: list[Planned], args: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = runtime.Parser(__doc__, prog="python -m experiments.ablate")
     add = parser.add_argument
-    text = f"{', '.join(TABLES)} or all"
-    add("--table", metavar="TABLE", choices=(*TABLES, "all"), nargs="+", help=text)
+    tables = (*TABLES, "all")
+    add("--table", metavar="TABLE", choices=tables, nargs="+", default=[], help=", ".join(tables))
     text = "rows of your own, of train.py's options; each is compared with the last one"
-    add("--rows", metavar="LABEL=OPTIONS", nargs="+", help=text)
+    add("--rows", metavar="LABEL=OPTIONS", nargs="+", default=[], help=text)
     add("--seeds", metavar="N", type=whole(1), default=3, help="runs a row, seeds 0, 1, ...")
-    add("--seed", type=whole(0), default=0, help="the first seed")
     add("--short", action="store_true", help=f"a smoke test: {SHORT}")
     add("--dry-run", action="store_true", help="only print the commands")
     add("--out", type=Path, metavar="DIR", default=Path("runs/ablate"))
     text = "keep the figures in DIR (default: OUT); what it holds is not trained again"
     add("--keep", type=Path, metavar="DIR", help=text)
     text = "only print the tables of the figures kept in DIR"
-    add("--from", type=Path, metavar="DIR", dest="from_", help=text)
+    add("--from", type=kept_folder, metavar="DIR", dest="from_", help=text)
     text = "run N models side by side, their output in files: for small models on a large GPU"
     add("--parallel", metavar="N", type=whole(1), default=1, help=text)
     add("--ranks", metavar="N", type=whole(1), default=1, help="run each program on N GPUs")
     text = "draw mAP over parameters of a table's rows, as Fig. 1 does (matplotlib)"
     add("--chart", type=Path, metavar="FILE", help=text)
     args, args.common = parser.parse_known_args()
-    args.table, args.rows = args.table or [], args.rows or []
     if not args.table + args.rows:
         parser.error("expected --table or --rows")
-    if args.from_ and not args.from_.is_dir():
-        raise UserError(f"--from {args.from_}: no such folder; expected one of --keep")
-    args.seeds = range(args.seed, args.seed + args.seeds)
+    args.seeds = range(args.seeds)
     args.keep = args.from_ or args.keep or args.out
     args.common = [*(SHORT.split() if args.short else []), *args.common]
     parsed(tuple(args.common))  # refuses train.py's mistakes before anything is trained
     return args
 
 
+def kept_folder(text: str) -> Path:
+    """An option's type: a folder that ablate has kept figures in."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder; expected one of ablate --keep")
+    return Path(text)
+
+
 def chosen(args: argparse.Namespace) -> list[tuple[Table, list[Planned]]]:
     tables = [TABLES[key] for key in (TABLES if "all" in args.table else args.table)]
-    pairs = [text.partition("=")[::2] for text in args.rows]
-    if pairs:
+    if args.rows:
+        pairs = [text.partition("=")[::2] for text in args.rows]
         own = [Row(label, flags, base=pairs[-1][1]) for label, flags in pairs]
         tables.append(Table("Own rows", own, differences=True))
     return [(table, [Planned(row, args.common) for row in table.rows]) for table in tables]

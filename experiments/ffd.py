@@ -1,7 +1,6 @@
 """How much FFD's triplet term does (section 4.3): its value and gradient beside cross-entropy's.
 
 python -m experiments.ffd "stage 1"=runs/stage1 "stage 2"=runs/synthetic
-python -m experiments.ffd --from results/ffd.json
 
 Measured on triplets of the training split, in training mode, in float32. RESULTS.md derives when
 the term can act. `train.py --epochs 0` makes the checkpoint of an untrained model.
@@ -92,7 +91,7 @@ def gradient_norm(loss: Tensor, parameters: list[Tensor]) -> float:
 
 
 def of_checkpoint(path: str, args: argparse.Namespace) -> dict[str, float]:
-    """What a run's triplet term is worth on `--triplets` triplets of its training split."""
+    """`measure` on `--triplets` triplets of a run's training split."""
     device = runtime.start(args.device)
     model, checkpoint = evaluate.load_model(path)
     if model.config.fusion != "graft":
@@ -111,16 +110,6 @@ def of_checkpoint(path: str, args: argparse.Namespace) -> dict[str, float]:
     return measure(model.to(device), images, labels.to(device))
 
 
-def read(path: Path) -> dict[str, dict]:
-    """What --json kept. Raises UserError for anything else."""
-    try:
-        results = json.loads(path.read_text())
-        assert results and all(found.keys() >= COLUMNS.keys() for found in results.values())
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
-        raise UserError(f"{path}: not what --json of experiments.ffd keeps ({error!r})") from None
-    return results
-
-
 def table(results: dict[str, dict]) -> str:
     lines = [["", *(heading for heading, _ in COLUMNS.values())]]
     for label, values in results.items():
@@ -135,22 +124,19 @@ def main() -> None:
     add("checkpoints", nargs="*", metavar="LABEL=CKPT", help="of train.py, --fusion graft")
     add("--triplets", type=whole(1), default=104, metavar="N")
     add("--data-root", metavar="DIR", help="(default: as in training)")
-    add("--json", type=Path, metavar="FILE", help="add the figures to those in FILE")
-    add("--from", type=Path, metavar="FILE", dest="from_", help="print what --json kept")
+    add("--json", type=Path, metavar="FILE", help="add the figures to those in FILE, print all")
     runtime.add_device_options(parser, precision=None)
     args = parser.parse_args()
     runtime.check_output(args.json, "--json")
-    results = read(args.from_) if args.from_ else {}
-    if args.json and args.json.exists():
-        results |= read(args.json)
+    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for text in args.checkpoints:
         label, _, path = text.rpartition("=")
         results[label or path] = of_checkpoint(path, args)
     if not results:
-        raise UserError("no checkpoint: expected LABEL=CKPT, or --from FILE of an earlier call")
+        raise UserError("no checkpoint: expected LABEL=CKPT, or --json FILE of an earlier call")
+    print(table(results))
     if args.json:
         runtime.write_json(args.json, results)
-    print(table(results))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from model import (
     read_state,
 )
 from options import WEIGHTS
-from runtime import UserError
 
 # --- recipe: what it changes of train.py's defaults
 
@@ -57,19 +56,17 @@ HAMNET = {  # its published code's settings, but for what is marked as ours
     "schedule": ("steps", "steps"),
     "warmup_steps": 2400,  # a twelfth of RGBNT100's steps, as theirs
 }
-HAMNET_OF = {  # data set -> what it changes of that
-    "synthetic": {  # ours: on as many samples as GraFT's run sees, with its augmentation
-        "backbone": "resnet18",
-        "backbone_weights": str(WEIGHTS / "resnet18-rgb.pth"),
-        "image_size": (64, 128),
-        "pad": 0,
-        "epochs": (0, 4),
-        "schedule": ("cosine", "cosine"),  # as for GraFT, the rate must come down in so few steps
-        "warmup_steps": 100,
-    },
-    "rgbnt201": {"image_size": (256, 128)},  # persons: upright
-    "market1501": {"image_size": (256, 128)},
+SYNTHETIC = {  # ours: on as many samples as GraFT's run sees, with its augmentation
+    "backbone": "resnet18",
+    "backbone_weights": str(WEIGHTS / "resnet18-rgb.pth"),
+    "image_size": (64, 128),
+    "pad": 0,
+    "epochs": (0, 4),
+    "schedule": ("cosine", "cosine"),  # as for GraFT, the rate must come down in so few steps
+    "warmup_steps": 100,
 }
+UPRIGHT = {"image_size": (256, 128)}  # persons
+HAMNET_OF = {"synthetic": SYNTHETIC, "rgbnt201": UPRIGHT, "market1501": UPRIGHT}
 
 
 def recipe(dataset: str) -> dict:
@@ -94,8 +91,9 @@ class ResNet(Backbone, resnet.ResNet):
         super().__init__(*LAYOUTS[name], norm_layer=SyncBatchNorm2d)
         self.name = name
         self.fc = nn.Identity()  # forward ends before it
-        for convolution in self.convolutions(self.layer4):
-            convolution.stride = (1, 1)
+        for layer in self.layer4.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.stride = (1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         with self.graph_if_trained():
@@ -115,11 +113,7 @@ class ResNet(Backbone, resnet.ResNet):
         return classifier
 
     def prunable(self) -> list[nn.Module]:
-        return self.convolutions(self)
-
-    @staticmethod
-    def convolutions(module: nn.Module) -> list[nn.Conv2d]:
-        return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+        return [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -157,13 +151,11 @@ class HAMNet(MultiModalModel):
     how much its features count.
 
     Missing modalities are left out of all sums and maxima. One public version classifies the fused
-    features, the other the fused scores. This is the latter: so the maps learn to be what they are
-    called, not just weights of the features. See D27.
+    features, the other the fused scores, as here: so the maps learn to be what they are called. See
+    D27.
     """
 
     def __init__(self, config: GraFTConfig):
-        if config.backbone not in LAYOUTS:
-            raise UserError(f"backbone {config.backbone}: HAMNet takes {' or '.join(LAYOUTS)}")
         D, C, names = 512 * LAYOUTS[config.backbone][0].expansion, config.num_ids, config.modalities
         super().__init__(config, D)
         self.backbone = nn.ModuleDict({name: ResNet(config.backbone) for name in names})
@@ -195,13 +187,7 @@ class HAMNet(MultiModalModel):
                 streams[modality] = Stream(features.float(), to_map(x).sigmoid().float())
         return streams
 
-    def losses(
-        self,
-        embeddings: ScoredEmbeddings,
-        labels: Tensor,
-        criterion: nn.Module,
-        rows: tuple[int, ...],
-    ) -> dict[str, Tensor]:
+    def losses(self, embeddings: ScoredEmbeddings, labels: Tensor, criterion, rows) -> dict:
         """Cross-entropy and triplets of each modality and of the fused scores; their coherence."""
         logits = [self.classifier(features) for features in embeddings.own.values()]
         # The fused scores are features and logits at once
@@ -229,7 +215,7 @@ def class_shares(streams: list[Stream]) -> tuple[Tensor, Tensor]:
 
 
 def incoherence(logits: list[Tensor]) -> Tensor:
-    """How far the modalities' logits, (B, C) each, disagree: mean over the batch; 0 for one."""
+    """How far the modalities' logits, (B, C) each, disagree: mean over the batch."""
     if len(logits) == 1:
         return logits[0].new_zeros(())
     directions = torch.stack([F.normalize(classes) for classes in logits])  # (M, B, C)

@@ -45,8 +45,6 @@ def few_partners(steps, sampler: data.TripletSampler, epoch: int) -> np.ndarray:
     """Two positives an identity; four negatives in all, one of them in 85% of the triplets."""
     rows, pids = steps(sampler, epoch).copy(), sampler.pids
     pairs = {pid: np.flatnonzero(pids == pid)[:2] for pid in np.unique(pids)}
-    if len(pairs) < 4 or any(len(pair) < 2 for pair in pairs.values()):
-        raise UserError("few-partners: needs four training identities, and two samples of each")
     firsts, seconds = np.array([pairs[pid] for pid in pids]).T  # of each sample's identity
     anchors = rows[:, 0]
     rows[:, 1] = np.where(anchors == firsts[anchors], seconds[anchors], firsts[anchors])
@@ -95,55 +93,48 @@ def narrow_token(init, graft: model.GraFT, config: model.GraFTConfig) -> None:
 
 
 class Slip(NamedTuple):
-    """`does` takes the place of `owner.attribute`; that has an effect where `acts` says so."""
+    """`does` takes the place of `owner.attribute`; that has an effect only with what it `needs`."""
 
     owner: object
     attribute: str
     does: Callable
     needs: str
-    acts: Callable[[argparse.Namespace], bool]
 
 
-def by_triplets(args: argparse.Namespace) -> bool:
-    return args.triplet != "hardest"
-
-
-TOKENS = "--triplet of tokens, such as FFD"
+RGB, TOKENS = "rgb among --modalities", "--triplet of tokens, such as FFD"
+ERASED, CENTERS, GRAFT = "--erase above 0", "--beta above 0", "--fusion graft"
+NEW = "a new --out"  # no checkpoint has the gradients
 SLIPS = {
-    "unzeroed": Slip(  # D1
-        train, "make_optimizer", keep_gradients, "a new --out",  # no checkpoint has the gradients
-        lambda args: not (args.out / "last.pt").exists(),
-    ),
-    "rgb-files": Slip(  # D5
-        train.Batches, "prepare", rgb_files, f"rgb among --modalities, {TOKENS}",
-        lambda args: by_triplets(args) and "rgb" in (args.modalities or ["rgb"]),
-    ),
-    "few-partners": Slip(data.TripletSampler, "steps", few_partners, TOKENS, by_triplets),  # D6
-    "few-anchors": Slip(train, "make_sampler", few_anchors, TOKENS, by_triplets),  # D7
-    "erase-apart": Slip(  # D9
-        data, "augment", erase_apart, "--erase above 0", lambda args: args.erase > 0
-    ),
-    "random-centroids": Slip(  # D10
-        losses.CenterLoss, "start_at_means", random_centroids, "--beta above 0",
-        lambda args: any(args.beta),
-    ),
-    "narrow-token": Slip(  # D26
-        model.GraFT, "__init__", narrow_token, "--fusion graft",
-        lambda args: args.fusion == "graft",
-    ),
-}  # fmt: skip
+    "unzeroed": Slip(train, "make_optimizer", keep_gradients, NEW),  # D1
+    "rgb-files": Slip(train.Batches, "prepare", rgb_files, RGB),  # D5
+    "few-partners": Slip(data.TripletSampler, "steps", few_partners, TOKENS),  # D6
+    "few-anchors": Slip(train, "make_sampler", few_anchors, TOKENS),  # D7
+    "erase-apart": Slip(data, "augment", erase_apart, ERASED),  # D9
+    "random-centroids": Slip(losses.CenterLoss, "start_at_means", random_centroids, CENTERS),  # D10
+    "narrow-token": Slip(model.GraFT, "__init__", narrow_token, GRAFT),  # D26
+}
+
+
+def given(args: argparse.Namespace) -> dict[str, bool]:
+    """Which of the needs these options meet."""
+    return {
+        NEW: not (args.out / "last.pt").exists(),
+        RGB: args.triplet != "hardest" and "rgb" in (args.modalities or ["rgb"]),
+        TOKENS: args.triplet != "hardest",
+        ERASED: args.erase > 0,
+        CENTERS: any(args.beta),
+        GRAFT: args.fusion == "graft",
+    }
 
 
 @contextmanager
 def slipped(name: str, args: argparse.Namespace) -> Iterator[None]:
-    """While it lasts, training by `args` does as the published code.
-
-    Raises UserError where there is no such slip, or where it would change nothing.
-    """
+    """While it lasts, training by `args` does as the published code. Raises UserError where there
+    is no such slip, or where it would change nothing."""
     if name not in SLIPS:
         raise UserError(f"{name}: no such slip; expected one of {', '.join(SLIPS)}")
     slip = SLIPS[name]
-    if not slip.acts(args):
+    if not given(args)[slip.needs]:
         raise UserError(f"{name}: would change nothing; expected {slip.needs}")
     args.slip = name  # the checkpoint tells, and no other run continues from it
     if name == "random-centroids":

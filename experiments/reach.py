@@ -10,7 +10,8 @@ train.py's options may follow, for all rows.
 
 import json
 import tempfile
-from argparse import Namespace
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,20 +27,15 @@ STEPS = "--epochs 1 --epoch-steps 12 --batch-size 8 --precision fp32 --device cp
 ROUNDING = 1e-4
 
 
+@lru_cache(4)  # the rows of a table share few bases
 def weights(words: tuple[str, ...], slip: str = "") -> dict[str, torch.Tensor]:
     """A model's weights after the steps. The run is not tested, and leaves no files."""
     with tempfile.TemporaryDirectory() as folder:
         args = options.parse([*words, *STEPS.split(), "--out", f"{folder}/run"])
-        if not slip:
-            return trained(args)
-        with slipped(slip, args):
-            return trained(args)
-
-
-def trained(args: Namespace) -> dict[str, torch.Tensor]:
-    run = train.start_run(args)
-    for stage in args.stages:
-        train.train_stage(run, stage)
+        with slipped(slip, args) if slip else nullcontext():
+            run = train.start_run(args)
+            for stage in args.stages:
+                train.train_stage(run, stage)
     return run.model.state_dict()
 
 
@@ -51,7 +47,7 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 
 
 def table(found: dict[str, dict]) -> str:
-    """In Markdown, of what --json keeps: "table: row" -> how it acts, and its difference."""
+    """In Markdown, of what --json keeps."""
     lines = [["table: row", "acts by", "largest difference of a weight", ""]]
     for label, row in found.items():
         value = row["distance"]
@@ -68,25 +64,18 @@ def main() -> None:
     args, common = parser.parse_known_args()
     runtime.check_output(args.json, "--json")
     kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    bases, done, found = {}, {}, {}
-    for key, row in ((name, row) for name in args.table for row in TABLES[name].rows):
-        planned, label = Planned(row, common), f"{key}: {row.label}"
-        # Neither another look at a model nor another length is another start
-        look = planned.left_out or planned.look
-        if look or not planned.changes - {"epochs", "epoch_steps"}:
-            continue
-        if planned.base not in bases:
-            bases[planned.base] = weights(planned.base)
-        model = (planned.name, planned.base)  # tables share some
-        if label not in kept:
-            if model not in done:
-                done[model] = distance(weights(planned.words, row.slip), bases[planned.base])
-            kept[label] = {"ways": planned.ways, "distance": done[model]}
-        kept[label]["constructed"] = planned.by_construction
-        found[label] = kept[label]
-        if args.json:
-            runtime.write_json(args.json, kept)
-    print(table(found))
+    for key in args.table:
+        for row in TABLES[key].rows:
+            planned, label = Planned(row, common), f"{key}: {row.label}"
+            # Neither another look at a model nor another length is another start
+            if planned.look or not planned.changes - {"epochs", "epoch_steps"} or label in kept:
+                continue
+            found = distance(weights(planned.words, row.slip), weights(planned.base))
+            constructed = planned.by_construction
+            kept[label] = {"ways": planned.ways, "distance": found, "constructed": constructed}
+            if args.json:
+                runtime.write_json(args.json, kept)
+    print(table(kept))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 python -m experiments.results results/ results/TABLES.md RESULTS.md
 
-A line `<!-- 8 -->` begins a block, `<!-- end -->` ends it; between them comes Table 8 of ablate,
-from DIR's files. Options for all rows may follow its name (`<!-- 8 --data-root second -->`): then
-only rows and claims that have runs are listed. Other blocks: `verdicts`, `ffd`, `speed`, `gpu`,
-`pairs` and `reach`, of DIR's files of that kind; `machines OTHER`, the models that both DIR and
-DIR/OTHER have; `runs NAME` and `rows NAME`, of DIR/NAME.json: label -> figures of its runs, and a
-list of rows as they are.
+Between `<!-- 8 -->` and `<!-- end -->` comes Table 8 of ablate, from DIR's files. Options for all
+rows may follow its name (`<!-- 8 --data-root second -->`): then only rows and claims that have runs
+are listed. Other blocks: `verdicts`, `ffd`, `speed`, `gpu`, `pairs` and `reach`, of DIR's files of
+that kind; `machines OTHER`, the models that both DIR and DIR/OTHER have; `runs NAME` and `rows
+NAME`, of DIR/NAME.json: label -> figures of its runs, and a list of rows as they are.
 """
 
 import argparse
@@ -67,10 +66,9 @@ def machines(folder: Path, other: str) -> str:
     for path in sorted((folder / other).glob("*.json")):
         if not (folder / path.name).exists():
             continue
-        both = [json.loads(file.read_text()) for file in (path, folder / path.name)]
-        if both[0]["settings"] != both[1]["settings"]:
-            raise UserError(f"{path} and {folder / path.name} are of other settings")
-        first, second = (list(content["looks"][""].values()) for content in both)
+        found = json.loads(path.read_text())
+        looks = ablate.read_figures(folder / path.name, found["settings"])
+        first, second = (list(own[""].values()) for own in (found["looks"], looks))
         names = [ablate.machine(runs) for runs in (first, second)]
         means = [ablate.spread([100 * run["mAP"] for run in runs]) for runs in (first, second)]
         counts = f"{len(first)}, {len(second)}"
@@ -78,14 +76,14 @@ def machines(folder: Path, other: str) -> str:
     return markdown([["model", "runs", *names, "difference ± error"], *lines])
 
 
-KINDS = {  # block -> the file of its content, if it does not name one, and what makes a table of it
+KINDS = {  # block -> its file, if it does not name one, and what makes a table of the file
     "ffd": ("ffd", ffd.table),
     "speed": ("bench", speed),
     "gpu": ("bench-gpu", gpu),
     "pairs": ("pairs", pairs),
     "reach": ("reach", reach.table),
-    "runs": (None, runs),
-    "rows": (None, rows),
+    "runs": ("", runs),
+    "rows": ("", rows),
 }
 
 
@@ -108,11 +106,7 @@ def block(text: str, folder: Path, seeds: range) -> str:
         expected = ", ".join([*TABLES, "verdicts", "machines", *KINDS])
         raise UserError(f"<!-- {text} -->: no such table; expected one of {expected}")
     name, table_of = KINDS[key]
-    path = folder / f"{name or ' '.join(common)}.json"
-    try:
-        return table_of(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"<!-- {text} -->: {path} holds no such table ({error!r})") from None
+    return table_of(json.loads((folder / f"{name or common[0]}.json").read_text()))
 
 
 def filled(document: str, folder: Path, seeds: range) -> str:
@@ -122,16 +116,11 @@ def filled(document: str, folder: Path, seeds: range) -> str:
 @runtime.program
 def main() -> None:
     parser = runtime.Parser(__doc__, prog="python -m experiments.results")
-    parser.add_argument("results", type=Path, metavar="DIR", help="of ablate's --keep")
-    text = "in Markdown, with blocks"
-    parser.add_argument("documents", type=Path, nargs="+", metavar="FILE", help=text)
-    parser.add_argument("--seeds", type=runtime.whole(1), default=3)
+    add = parser.add_argument
+    add("results", type=ablate.kept_folder, metavar="DIR", help="of ablate's --keep")
+    add("documents", type=Path, nargs="+", metavar="FILE", help="in Markdown, with blocks")
+    add("--seeds", type=runtime.whole(1), default=3)
     args = parser.parse_args()
-    if not args.results.is_dir():
-        raise UserError(f"{args.results}: no such folder; expected one of ablate --keep")
-    for document in args.documents:
-        if not document.is_file():
-            raise UserError(f"{document}: no such file; expected a document with blocks")
     for document in args.documents:
         text = filled(document.read_text(), args.results, range(args.seeds))
         runtime.write_atomically(document, lambda path, text=text: path.write_text(text))

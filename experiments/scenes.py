@@ -23,6 +23,7 @@ if not; the name of the file then ends in no_rgb or no_tir. This is no benchmark
 drawn, so a window is easier to find again than an object that another camera saw.
 """
 
+import io
 import math
 import tempfile
 from functools import partial
@@ -87,7 +88,7 @@ def split_scenes(count: int, train, test) -> dict[int, str]:
             text = f"expected the first and the last of scenes from 0 to {count - 1}"
             raise UserError(f"--{split} {first} {last}: {text}")
         if both := splits.keys() & range(first, last + 1):
-            raise UserError(f"--test {first} {last}: {len(both)} scenes are in --train, too")
+            raise UserError(f"--test {first} {last}: scene {min(both)} is in --train, too")
         splits |= dict.fromkeys(range(first, last + 1), split)
     return splits
 
@@ -136,10 +137,11 @@ def expose(pixels: np.ndarray, light, sensor: str, is_blind: bool, rng) -> Image
     return Image.fromarray(np.rint(255 * seen.clip(0, 1)).astype(np.uint8))
 
 
-def write_scene(
-    root: Path, scenes: list, splits: dict[int, str], blind: list[str], seed: int, number: int
-) -> None:
-    """Write a scene's captures. `blind`: the sensors to deal out, "" for none."""
+def captures(
+    scenes: list, splits: dict[int, str], blind: list[str], seed: int, number: int
+) -> dict[str, bytes]:
+    """A scene's captures: path in the set -> PNG. `blind`: sensors to deal out, "" for none."""
+    files = {}
     images, spread = read_scene(scenes[number]), np.array(GEOMETRY + LIGHT * len(scenes[number]))
     cameras = runtime.numpy_rng(seed, 0).uniform(-spread, spread, (CAMERAS, len(spread)))
     rng, count = runtime.numpy_rng(seed, 1, number), CAMERAS * CAPTURES
@@ -158,10 +160,11 @@ def write_scene(
             folders = ("gallery",) if capture else ("query", "gallery")
             for (sensor, image), light in zip(images.items(), lights, strict=True):
                 pixels = cut(image, window, view[:4])
-                picture = expose(pixels, light, sensor, sensor == dead, rng)
+                png = io.BytesIO()
+                expose(pixels, light, sensor, sensor == dead, rng).save(png, "png")
                 for folder in ("train",) if splits[number] == "train" else folders:
-                    (root / folder / sensor).mkdir(parents=True, exist_ok=True)
-                    picture.save(root / folder / sensor / name)
+                    files[f"{folder}/{sensor}/{name}"] = png.getvalue()
+    return files
 
 
 @runtime.program
@@ -189,12 +192,14 @@ def main() -> None:
     splits = split_scenes(len(scenes), args.train, args.test)
     blind = {"each": [*sensors, ""], "first": [sensors[0], ""], "none": [""]}[args.failures]
     runtime.make_folder(out.parent, "--out")
-    # A stop or an error leaves nothing half-made
+    # A stop or an error leaves nothing half-made: threads, which may outlive it, do not write
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as unfinished:
         root = Path(unfinished, "set")
-        write = partial(write_scene, root, scenes, splits, blind, args.seed)
-        for _ in data.in_threads(write, list(splits), "cutting"):
-            pass
+        work = partial(captures, scenes, splits, blind, args.seed)
+        for files in data.in_threads(work, list(splits), "cutting"):
+            for path, content in files.items():
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                (root / path).write_bytes(content)
         root.rename(out)
     dataset = data.load_dataset("folder", out, need=())
     sizes = f"{len(dataset.train)} training samples, {len(dataset.query)} queries"

@@ -1,17 +1,18 @@
-"""Judge the paper's claims by kept figures.
+"""Judge the paper's claims by kept figures: is a row ahead of another, or as good?
 
 python -m experiments.verdicts results/
 
-A claim says that one row of ablate's tables is ahead of another, or as good. Options for all rows
-may follow; then only the claims that have figures are listed.
+Options for all rows may follow; then only the claims that have figures are listed.
 """
 
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from scipy import stats  # requirements-dev.txt has it
+
 import runtime
-from experiments.ablate import Planned, spread, standard_error
+from experiments.ablate import Planned, kept_folder, spread, standard_error
 from experiments.tables import FFF, PAIR, PLAIN, PLUS, TABLES, Row
 
 MARGIN = 2.0  # points: what "as good" may lose or gain
@@ -41,9 +42,6 @@ class Claim(NamedTuple):
     metric: str = "mAP"
 
 
-NONE, DDD = "--alpha 0", "--triplet DDD"
-
-
 def of_table(key: str, label: str) -> Row:
     return next(row for row in TABLES[key].rows if row.label == label)
 
@@ -58,17 +56,14 @@ def fusion_claims(name: str, where: str, flags: str) -> list[Claim]:
     ]
 
 
-HAMNET, STREAMS, CLS, AVERAGE, LATE = (
-    f"--fusion {name}" for name in ("hamnet", "multistream", "cls", "average", "late")
-)
-PAIRS = [f"--modalities {pair}" for pair in ("rgb,nir", "nir,tir", "rgb,tir")]
+NONE, DDD = "--alpha 0", "--triplet DDD"
+HAMNET, STREAMS, LATE = "--fusion hamnet", "--fusion multistream", "--fusion late"
+CLS, AVERAGE = "--fusion cls", "--fusion average"
 BY_DISTANCE = (("", ""), (PLAIN, ", by plain distances (published code)"))
 PRUNED, COLLAPSED = (of_table("4", f"{left} of the weights") for left in ("0.39", "0.14"))
 FINETUNED = of_table("4", "0.996 of the weights: finetuning alone")
-STAGE_2, CENTERS = (
-    of_table("stages", label)
-    for label in ("stage 2 alone, for all epochs", "center loss in stage 1, too")
-)
+STAGE_2 = of_table("stages", "stage 2 alone, for all epochs")
+CENTERS = of_table("stages", "center loss in stage 1, too")
 CLAIMS = [
     Claim("GraFT is ahead of HAMNet", "Table 1", "", HAMNET),
     Claim("... with two sensors", "Table 2", PAIR, f"{PAIR} {HAMNET}"),
@@ -82,26 +77,26 @@ CLAIMS = [
     Claim("averaged tokens are ahead of a CLS token", "Table 5", AVERAGE, CLS),
     Claim("... both without triplet loss", "Table 5", f"{AVERAGE} {NONE}", f"{CLS} {NONE}"),
 ]
-for pair in PAIRS:
-    names = pair.split()[1]
+for names in ("rgb,nir", "nir,tir", "rgb,tir"):
+    pair = f"--modalities {names}"
     CLAIMS.append(Claim(f"three sensors are ahead of {names}", "Table 6", "", pair))
     for one in names.split(","):
         single = f"--modalities {one}"
         CLAIMS.append(Claim(f"{names} are ahead of {one} alone", "Tables 6, 7", pair, single))
 for distance, text in BY_DISTANCE:
     for scheme in ("FFF", "DDD", "FDD", "DFF", "DFD", "DDF", "FDF"):
-        flags, claim = f"{distance} --triplet {scheme}", f"FFD is ahead of {scheme}{text}"
-        CLAIMS.append(Claim(claim, "Table 8", distance, flags))
-    claim = f"FFD is ahead because of its triplet term{text}"
-    CLAIMS.append(Claim(claim, "4.3", distance, NONE))
+        other = f"{distance} --triplet {scheme}"
+        CLAIMS.append(Claim(f"FFD is ahead of {scheme}{text}", "Table 8", distance, other))
+    because = f"FFD is ahead because of its triplet term{text}"
+    CLAIMS.append(Claim(because, "4.3", distance, NONE))
 CLAIMS.append(Claim("DDD is ahead of FFF", "Table 8, 6", DDD, FFF))
 for scheme in ("FDD", "DFF", "DFD"):
     CLAIMS.append(Claim(f"{scheme} is ahead of DDD", "Table 8, 6", f"--triplet {scheme}", DDD))
 for distance, text in BY_DISTANCE:
     for index in (10, 15, 20, 25):
-        flags, fifth = (f"{distance} --data-token {i}" for i in (index, 5))
+        this, fifth = (f"{distance} --data-token {i}" for i in (index, 5))
         claim = f"data token {index} is as good as 5{text}"
-        CLAIMS.append(Claim(claim, "6", flags, fifth, same=True))
+        CLAIMS.append(Claim(claim, "6", this, fifth, same=True))
 for text in ("", ", FFF"):
     eight, one = (of_table("positives", f"{count}{text}") for count in (8, 1))
     CLAIMS.append(Claim(f"eight positives are ahead of one{text}", "5.1", eight, one))
@@ -117,17 +112,13 @@ CLAIMS += [
     Claim("... as all, finetuned as long", "5.4", PRUNED, FINETUNED, same=True),
     Claim("all are ahead of 0.14 by more than 10 points", "5.4", PAIR, COLLAPSED, by=10.0),
 ]
+MADE, NOT_HERE = "by construction", "not testable here"
 UNTESTED = [
-    ("one embedding size for any number of sensors", "3.3", "by construction", "Eq. (6) is a mean"),
-    (
-        "the fusion token gathers all that is matched",
-        "Fig. 4",
-        "by construction",
-        "nothing else is",
-    ),
-    ("GraFT is ahead of DANet and GAFNet", "Tables 1, 2", "not testable here", "no public code"),
-    ("DeiT-B is the better backbone", "3.2", "not testable here", "its weights were not at hand"),
-    ("76.6 mAP on RGBNT100, 75.1 on RGBN300", "Tables 1, 2", "not testable here", "no such data"),
+    ("one embedding size for any number of sensors", "3.3", MADE, "Eq. (6) is a mean"),
+    ("the fusion token gathers all that is matched", "Fig. 4", MADE, "nothing else is"),
+    ("GraFT is ahead of DANet and GAFNet", "Tables 1, 2", NOT_HERE, "no public code"),
+    ("DeiT-B is the better backbone", "3.2", NOT_HERE, "its weights were not at hand"),
+    ("76.6 mAP on RGBNT100, 75.1 on RGBN300", "Tables 1, 2", NOT_HERE, "no such data"),
 ]
 
 
@@ -140,7 +131,6 @@ class Verdict(NamedTuple):
 
 def judge(claim: Claim, first: list[float], second: list[float], paired: bool = False) -> Verdict:
     """The verdict on figures in percent, by scipy's tests."""
-    stats = need_scipy()
     if min(len(first), len(second)) < 2 or (paired and len(first) != len(second)):
         return Verdict("-")
     shifted = [value - claim.by for value in first]
@@ -169,14 +159,6 @@ def said(claim: Claim, found) -> str:
     if low > 0:
         return "holds"
     return "the reverse holds" if high < -claim.by else "does not show"
-
-
-def need_scipy():
-    try:
-        from scipy import stats
-    except ImportError:
-        raise runtime.UserError("verdicts: need scipy (pip install scipy)") from None
-    return stats
 
 
 def sides(claim: Claim, common: list[str]) -> tuple[Planned, Planned, Planned]:
@@ -220,11 +202,9 @@ def lines(common: list[str], folder: Path, seeds: range) -> list[list[str]]:
 @runtime.program
 def main() -> None:
     parser = runtime.Parser(__doc__, prog="python -m experiments.verdicts")
-    parser.add_argument("results", type=Path, metavar="DIR", help="of ablate's --keep")
+    parser.add_argument("results", type=kept_folder, metavar="DIR", help="of ablate's --keep")
     parser.add_argument("--seeds", type=runtime.whole(2), default=3)
     args, common = parser.parse_known_args()
-    if not args.results.is_dir():
-        raise runtime.UserError(f"{args.results}: no such folder; expected one of ablate --keep")
     table = lines(common, args.results, range(args.seeds))
     print(f"{STATISTICS}\n\n{runtime.markdown(table)}")
 

@@ -227,6 +227,7 @@ def vanish(model: GraFT, images: dict[str, Tensor], labels: Tensor) -> float:
     for encoder in model.encoders.values():
         encoder.norm2.weight *= (80 / gap.min()).sqrt()
     out = model(images)
+    model.train()
     return float(criterion.triplet(out.fusion, out.data, labels, ()))
 
 

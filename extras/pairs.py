@@ -14,17 +14,30 @@ import evaluate
 import runtime
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = evaluate.make_parser(__doc__, prog="python -m extras.pairs")
     add, names = parser.add_argument, {"metavar": "NAMES", "type": runtime.names}
     add("--query-modalities", **names, help="what the queries have (default: each subset)")
     add("--gallery-modalities", **names, help="what the gallery has (default: each subset)")
     add("--json", type=Path, metavar="FILE", help="write the figures of each pair")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def all_pairs(args: argparse.Namespace) -> dict[str, dict]:
-    """evaluate.metrics_dict by "query > gallery"; each subset is embedded once."""
+def table(results: dict[str, dict]) -> str:
+    """mAP / Rank-1 in percent, in Markdown: a row for each query's modalities."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, metrics in results.items():
+        # results kept by older versions say "rgb" for "rgb > rgb"
+        query, _, gallery = name.partition(" > ")
+        shown = f"{100 * metrics['mAP']:.1f} / {100 * metrics['R1']:.1f}"
+        cells.setdefault(query, {})[gallery or query] = shown
+    head = ["query, gallery:", *next(iter(cells.values()))]
+    return runtime.markdown([head, *([query, *row.values()] for query, row in cells.items())])
+
+
+@runtime.program
+def main() -> None:
+    args = parse()
     runtime.check_output(args.json, "--json")
     embedder, dataset = evaluate.open_checkpoint(args)
     sides = {}
@@ -46,25 +59,6 @@ def all_pairs(args: argparse.Namespace) -> dict[str, dict]:
             metrics = evaluate.metrics_dict(embedder.model, ranking)
             del metrics["queries"]  # they would be most of a file that is kept for its table
             results[name] = metrics
-    return results
-
-
-def table(results: dict[str, dict]) -> str:
-    """mAP / Rank-1 in percent, in Markdown: a row for each query's modalities."""
-    cells: dict[str, dict[str, str]] = {}
-    for name, metrics in results.items():
-        # results kept by older versions say "rgb" for "rgb > rgb"
-        query, _, gallery = name.partition(" > ")
-        shown = f"{100 * metrics['mAP']:.1f} / {100 * metrics['R1']:.1f}"
-        cells.setdefault(query, {})[gallery or query] = shown
-    head = ["query, gallery:", *next(iter(cells.values()))]
-    return runtime.markdown([head, *([query, *row.values()] for query, row in cells.items())])
-
-
-@runtime.program
-def main() -> None:
-    args = parse()
-    results = all_pairs(args)
     runtime.print0(table(results))
     if args.json and runtime.rank() == 0:
         runtime.write_json(args.json, results)

@@ -9,7 +9,6 @@ evaluate.py draws its ranked lists, failures, attention maps, CMC curve and map 
 import argparse
 import importlib.util
 import json
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +32,7 @@ HEIGHT, GAP, FRAME, LINE = 72, 8, 4, 15  # pixels: of an image, between cells, a
 
 ATTENTION = (
     "Each map runs from its own least attention (black) to its most (white).",
-    "Percentages: how much of the attention falls on image patches. The rest stays",
-    "on the fusion token itself and on the ViT's tokens that are no patches, like CLS.",
+    "Percentages: its share on image patches; the rest is on the fusion token, CLS and the like.",
 )
 
 
@@ -43,32 +41,28 @@ def check_queries(words: list[str], query: data.Split) -> None:
     names = [sample.name for sample in query.samples]
     for word in words:
         if word not in ("random", "best", "worst", *names):
-            raise UserError(
-                f"--queries {word}: no query has this name; expected random, best, worst or a name,"
-                f" e.g. {names[0]}"
-            )
+            raise UserError(f"--queries {word}: no query has this name; one is {names[0]}")
 
 
 def draw(args: argparse.Namespace, embedder: evaluate.Embedder, ranking: evaluate.Ranking) -> None:
     """Draw the pictures that evaluate.py's options name, and print a line for each."""
     ap, query = ranking.metrics.ap, ranking.query
     chosen = choose(args.queries, query, ap, args.seed)
-    modalities = tuple(dict.fromkeys((*query.modalities, *ranking.gallery.modalities)))
     if args.ranked_list:
         key = "Green: the same identity. Red: another. The query's own camera is left out."
-        sheet(ranked_list(ranking, chosen), modalities, args.ranked_list, (key,))
+        sheet(ranked_list(ranking, chosen), query.modalities, args.ranked_list, (key,))
         print(f"{args.ranked_list}: {len(chosen)} queries with their ten best")
     if args.failures:
         key = "Red: the nearest samples of another identity. Green: the first right one."
         worst = choose(["worst"], query, ap, args.seed, 6)
-        sheet(failures(ranking, worst), modalities, args.failures, (key,))
+        rows = ranked_list(ranking, worst, 6, failures=True)
+        sheet(rows, query.modalities, args.failures, (key,))
         print(f"{args.failures}: the worst queries and what they were taken for")
     if args.cmc:
         chart([cmc_panel(ranking.metrics.cmc)], args.cmc)
         print(f"{args.cmc}: the CMC curve")
     if args.attention:
-        pairs = attention(embedder, query, [i for i, _ in chosen])
-        rows = [[*a, *b] for a, b in zip_longest(pairs[::2], pairs[1::2], fillvalue=[])]
+        rows = attention(embedder, query, [i for i, _ in chosen])
         sheet(rows, query.modalities, args.attention, ATTENTION)
         print(f"{args.attention}: where the fusion token attends")
     if args.map:
@@ -109,22 +103,19 @@ def sheet(rows: list[list[Cell]], modalities: tuple[str, ...], path: str | Path,
     `key`: lines of text below the rows. Raises UserError where `path` cannot be written.
     """
     font = ImageFont.load_default(12)
-
-    def text_width(line: str) -> int:
-        return round(font.getlength(line))
-
     cells = [cell for row in rows for cell in row]
     shapes = [image.shape for cell in cells for image in cell.images.values()]
     width = max(round(HEIGHT * W / H) for _, H, W in shapes)
-    texts = [text_width(line) for cell in cells for line in cell.lines]
-    cell_width = max([width + 2 * FRAME, *texts]) + GAP
+    texts = [font.getlength(line) for cell in cells for line in cell.lines]
+    cell_width = round(max(width + 2 * FRAME, *texts)) + GAP
     text_height = LINE * max(len(cell.lines) for cell in cells)
     frame_height = len(modalities) * HEIGHT + 2 * FRAME
     row_height = text_height + frame_height + 2 * GAP
-    left = max(map(text_width, modalities)) + 2 * GAP
-    across = max([left + max(map(len, rows)) * cell_width, *(text_width(k) + 2 * GAP for k in key)])
+    left = round(max(map(font.getlength, modalities))) + 2 * GAP
+    row_widths = [left + len(row) * cell_width for row in rows]
+    across = round(max(row_widths + [font.getlength(line) + 2 * GAP for line in key]))
     below = len(rows) * row_height + GAP
-    picture = Image.new("RGB", (across, below + (LINE * len(key) + GAP if key else 0)), "white")
+    picture = Image.new("RGB", (across, below + LINE * len(key) + GAP), "white")
     pen = ImageDraw.Draw(picture)
     for i, line in enumerate(key):
         pen.text((GAP, below + LINE * i), line, "black", font)
@@ -159,62 +150,42 @@ def save(write, path: str | Path) -> None:
     try:
         write(path)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); expected a file name as picture.png"
-        ) from None
+        raise UserError(f"{path}: cannot be written ({error})") from None
 
 
-def ranked_list(ranking: evaluate.Ranking, chosen: Chosen, top: int = 10) -> list[list[Cell]]:
-    """Queries with the `top` gallery samples nearest to them."""
-    rows = []
-    for i, reason in chosen:
-        order, similarity = order_of(ranking, i)
-        answers = [answer(ranking, i, j, similarity[j]) for j in order[:top].tolist()]
-        rows.append([asked(ranking, i, reason), *answers])
-    return rows
+def ranked_list(
+    ranking: evaluate.Ranking, chosen: Chosen, top: int = 10, failures: bool = False
+) -> list[list[Cell]]:
+    """Queries with the `top` gallery samples nearest to them, ranked as the metric ranks.
 
-
-def failures(ranking: evaluate.Ranking, chosen: Chosen, top: int = 6) -> list[list[Cell]]:
-    """Queries with the wrong samples nearest to them, and the first right one with its rank."""
-    rows = []
-    for i, reason in chosen:
-        order, similarity = order_of(ranking, i)
-        right = ranking.gallery.pids[order] == ranking.query.pids[i]
-        first = int(right.nonzero()[0])
-        cells = [answer(ranking, i, j, similarity[j]) for j in order[~right][:top].tolist()]
-        j = int(order[first])
-        cells.append(answer(ranking, i, j, similarity[j], f"rank {first + 1}: "))
-        rows.append([asked(ranking, i, reason), *cells])
-    return rows
-
-
-def order_of(ranking: evaluate.Ranking, i: int) -> tuple[Tensor, Tensor]:
-    """The gallery as the metric ranks it for query i, best first, and all similarities to it.
-
-    Samples of the query's identity and camera (or scene) are left out.
+    With `failures`, the nearest wrong ones, and behind them the first right one.
     """
     query, gallery = ranking.query, ranking.gallery
-    similarity = ranking.similarities(i, i + 1)[0]
-    order = similarity.argsort(descending=True)
-    other_pid = gallery.pids[order] != query.pids[i]
-    other_key = gallery.keys[order] != query.keys[i]
-    return order[other_pid | other_key], similarity
+    rows = []
+    for i, reason in chosen:
+        similarity = ranking.similarities(i, i + 1)[0]
+        order = similarity.argsort(descending=True)
+        same_pid = gallery.pids[order] == query.pids[i]
+        same_key = gallery.keys[order] == query.keys[i]
+        order = order[~(same_pid & same_key)]
+        right = gallery.pids[order] == query.pids[i]
+        ranks = list(range(len(order)))[:top]
+        if failures:
+            wrong = (~right).nonzero()[:, 0].tolist()
+            ranks = [*wrong[:top], int(right.nonzero()[0])]
+        lines = (short_name(query.samples[i]), f"{reason}, AP {100 * ranking.metrics.ap[i]:.1f}%")
+        row = [Cell(query[i][0], lines)]
+        for rank in ranks:
+            j = int(order[rank])
+            name = f"{rank + 1}. {short_name(gallery.samples[j])}"
+            lines = (name, f"similarity {similarity[j]:.3f}")
+            row.append(Cell(gallery[j][0], lines, RIGHT if right[rank] else WRONG))
+        rows.append(row)
+    return rows
 
 
 def short_name(sample: data.Sample) -> str:
     return sample.name.rpartition("/")[2]  # holds identity and camera, as the data set writes them
-
-
-def asked(ranking: evaluate.Ranking, i: int, reason: str) -> Cell:
-    line = f"{reason}, AP {100 * ranking.metrics.ap[i]:.1f}%"
-    return Cell(ranking.query[i][0], (short_name(ranking.query.samples[i]), line))
-
-
-def answer(ranking: evaluate.Ranking, i: int, j: int, similarity: float, prefix="") -> Cell:
-    sample = ranking.gallery.samples[j]
-    colour = RIGHT if sample.pid == ranking.query.samples[i].pid else WRONG
-    lines = (prefix + short_name(sample), f"similarity {similarity:.3f}")
-    return Cell(ranking.gallery[j][0], lines, colour)
 
 
 def attention(
@@ -224,10 +195,8 @@ def attention(
     rows = []
     for i in chosen:
         images, _, _ = split[i]
-        batch = {name: image[None] for name, image in images.items()}
-        maps = embedder.model.attention(
-            embedder.normalise(runtime.to_device(batch, embedder.device))
-        )
+        batch = {name: image[None].to(embedder.device) for name, image in images.items()}
+        maps = embedder.model.attention(embedder.normalise(batch))
         maps = {modality: weights[0].float().cpu() for modality, weights in maps.items()}
         heated = {modality: heat(image, maps[modality]) for modality, image in images.items()}
         shares = ", ".join(f"{name} {100 * weights.sum():.0f}%" for name, weights in maps.items())
@@ -244,9 +213,8 @@ def heat(image: Tensor, weights: Tensor) -> Tensor:
     _, H, W = image.shape
     large = F.interpolate(weights[None, None], (H, W), mode="bicubic")[0, 0]
     # Bicubic curves swing beyond the values that they pass through
-    strength = (large.clamp(weights.min(), weights.max()) - weights.min()) / (
-        weights.max() - weights.min()
-    ).clamp(min=1e-12)
+    low, high = weights.min(), weights.max()
+    strength = (large.clamp(low, high) - low) / (high - low).clamp(min=1e-12)
     bar = torch.linspace(1, 0, H)[:, None].expand(H, max(1, W // 20))
     gap = torch.full((3, H, max(1, W // 40)), 255.0)
     heated = 0.45 * image.float().mean(0) + 0.55 * flame(strength)
@@ -264,69 +232,60 @@ def flame(strength: Tensor) -> Tensor:
 def need_matplotlib() -> None:
     """Raise UserError where matplotlib is absent: before work whose result is to be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("charts need matplotlib, which is not installed: pip install matplotlib")
+        raise UserError("charts need matplotlib: pip install matplotlib")
 
 
 def chart(panels: list[dict], path: str | Path) -> None:
-    """Panels side by side: `lines` {label: (x, y)}, and what else Axes.set takes.
+    """Write panels side by side, see `figure`."""
+    need_matplotlib()
+    save(lambda path: figure(panels).savefig(path, dpi=120), path)
+
+
+def figure(panels: list[dict], width: float = 5.0):
+    """A matplotlib figure of panels: `lines` {label: (x, y)}, and what else Axes.set takes.
 
     A label has one colour in all panels. `bands` {label: (x, low, high)} are filled, in the colour
     of the line of that name, else the first; a label as _name stays out of the legend. `marks`
-    {label: x} are vertical.
+    {label: x} are vertical. `width` of a panel in inches.
     """
-    need_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(panels), 3.8), layout="constrained")
+    drawn = Figure(figsize=(width * len(panels), 3.8), layout="constrained")
     colours: dict[str, str] = {}
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        rest = {name: value for name, value in panel.items() if name not in DRAWN}
-        for label, (x, y) in panel["lines"].items():
+    row = drawn.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(row, panels, strict=True):
+        lines, bands = panel["lines"], panel.get("bands", {})
+        for label, (x, y) in lines.items():
             colour = colours.setdefault(label, f"C{len(colours)}")
-            marker = "o" if len(x) < 30 else None
-            axes.plot(x, y, color=colour, marker=marker, markersize=4, label=label)
-        for label, (x, low, high) in panel.get("bands", {}).items():
+            axes.plot(x, y, color=colour, marker="o" if len(x) < 30 else None, label=label)
+        for label, (x, low, high) in bands.items():
             colour = colours.get(label.removeprefix("_"), "C0")
             axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, label=label)
         for label, x in panel.get("marks", {}).items():
-            axes.axvline(x, color="grey", linestyle=":", linewidth=1)
-            top = {"xycoords": ("data", "axes fraction"), "va": "bottom"}
-            axes.annotate(label, (x, 1), fontsize=8, **top)
-        axes.set(**rest)
+            axes.axvline(x, color="grey", linestyle=":")
+            axes.annotate(label, (x, 1), xycoords=("data", "axes fraction"), va="bottom")
+        others = ("lines", "bands", "marks")
+        axes.set(**{name: value for name, value in panel.items() if name not in others})
         plain_axes(axes)
         axes.grid(alpha=0.3)
-        if len(panel["lines"]) + len(panel.get("bands", {})) > 1:
+        if len(lines) + len(bands) > 1:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
-            axes.legend(**below, ncols=3, fontsize=8, frameon=False)
-    save(lambda path: figure.savefig(path, dpi=120), path)
-
-
-DRAWN = ("lines", "bands", "marks")  # of a panel; the rest is for Axes.set
+            axes.legend(**below, ncols=2 if width >= 5 else 1, frameon=False)
+    return drawn
 
 
 def plain_axes(axes) -> None:
     """Ticks as 0.01 or 20, not as powers; and no axis below 0 where no value is."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     for axis, low in ((axes.xaxis, axes.dataLim.x0), (axes.yaxis, axes.dataLim.y0)):
         first, last = axis.get_view_interval()
         if axis.get_scale() == "log":
-            subs = (1, 2, 5) if last < 300 * first else (1,)
-            axis.set_major_locator(LogLocator(subs=subs))
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if last < 300 * first else (1,)))
             axis.set_minor_locator(NullLocator())
         elif low >= 0 > first:
             axis.set_view_interval(0, last, ignore=True)
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 12):g}"))
-
-
-def size_chart(series: dict[str, list[dict]], path: str | Path) -> None:
-    """mAP over non-zero parameters, as Fig. 1: a line for each label's rows of prune.py."""
-    lines = {
-        label: ([row["params"] / 1e6 for row in rows], [100 * row["mAP"] for row in rows])
-        for label, rows in series.items()
-    }
-    axes = {"xlabel": "non-zero parameters (millions)", "ylabel": "mAP (%)"}
-    chart([{"lines": lines, **axes}], path)
+        axis.set_major_formatter(lambda value, _: f"{round(value, 12):g}")
 
 
 def cmc_panel(cmc: Tensor) -> dict:
@@ -347,31 +306,20 @@ LOSSES = {  # label -> name in the log, option that holds its weight
 }
 
 
-def curves(folder: Path) -> Path:
-    """Draw FOLDER/curves.png: losses, learning rate, gradient norm, and a validation's mAP."""
-    chart(training_panels(folder), folder / "curves.png")
-    return folder / "curves.png"
-
-
 def training_panels(folder: Path) -> list[dict]:
-    """Panels for `chart`, from a run's config.json and log.jsonl.
+    """Panels of losses, learning rate, gradient norm and a validation's mAP, from a run's files.
 
     Raises UserError where these are missing, or not those of a run.
     """
     try:
         settings = json.loads((folder / "config.json").read_text())
         events = list(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
-        steps = [event for event in events if event["event"] == "step"]
-        scores = [
-            100 * event["validation"]["mAP"]
-            for event in events
-            if event["event"] == "epoch" and "validation" in event
-        ]
-        panels = panels_of(steps, settings)
+        panels = panels_of([event for event in events if event["event"] == "step"], settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: expected the folder of a run of train.py that has logged a step ({error})"
+            f"{folder}: expected the folder of a run that has logged a step ({error})"
         ) from None
+    scores = [100 * event["validation"]["mAP"] for event in events if "validation" in event]
     if scores:
         lines = {"mAP": (list(range(1, len(scores) + 1)), scores)}
         panels.append({"lines": lines, "xlabel": "epoch", "ylabel": "validation mAP (%)"})
@@ -381,8 +329,9 @@ def training_panels(folder: Path) -> list[dict]:
 def panels_of(steps: list[dict], settings: dict) -> list[dict]:
     x, marks, before = [], {}, 0
     for i, step in enumerate(steps):
-        if i and step["stage"] != steps[i - 1]["stage"]:
-            number = step["stage"]  # prune.py's rounds follow the two stages
+        number = step["stage"]
+        if i and number != steps[i - 1]["stage"]:
+            # prune.py's rounds follow the two stages
             before = marks[f"stage {number}" if number < 3 else f"round {number - 2}"] = x[-1]
         x.append(before + step["step"])
     losses = {"loss": (x, [step["loss"] for step in steps])}
@@ -393,7 +342,7 @@ def panels_of(steps: list[dict], settings: dict) -> list[dict]:
         # Weighted, the parts add up to the loss, and show what trains the model
         y = [weights[step["stage"] > 1] * step.get(name, 0.0) for step in steps]
         if any(y):
-            losses[label if max(y) > FLOOR * top else f"{label}: below the axis"] = (x, y)
+            losses[label] = (x, y)
     axes = {"xlabel": "step", "marks": marks}
     limits = {"yscale": "log", "ylim": (FLOOR * top, 1.5 * top)}
     rates, norms = ([step[name] for step in steps] for name in ("lr", "gradient_norm"))
@@ -421,7 +370,8 @@ def main() -> None:
 
         print(f"{page.write(args, folder)}: metrics, charts, ranked lists, failures, settings")
     else:
-        print(f"{curves(folder)}: losses, learning rate, gradient norm")
+        chart(training_panels(folder), folder / "curves.png")
+        print(f"{folder / 'curves.png'}: losses, learning rate, gradient norm")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,12 @@ def rerank(
     """
     x = F.normalize(torch.cat([query, gallery]).float())
     N, k1 = len(x), min(k1, len(x) - 1)
-    largest, nearest = neighbours(x, k1, block)
+    parts = []
+    for rows in x.split(max(1, block // N)):
+        distance = 2 - 2 * rows @ x.T
+        parts.append((distance.amax(1), distance.topk(k1 + 1, largest=False).indices))
+    # Of each row: its largest distance (N,), and its k1 + 1 nearest (N, k1 + 1), itself first
+    largest, nearest = map(torch.cat, zip(*parts, strict=True))
     V = encode(x, largest, nearest, k1, block)
     # Local query expansion: each row of V becomes the mean over its k2 nearest
     rows = torch.arange(N).repeat_interleave(k2)
@@ -37,16 +42,6 @@ def rerank(
 
 def sparse(places: Tensor, values: Tensor, N: int) -> Tensor:
     return torch.sparse_coo_tensor(places, values, (N, N), check_invariants=True)
-
-
-def neighbours(x: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
-    """The largest distance of each row, (N,), and its k + 1 nearest, (N, k + 1), itself first."""
-    parts = []
-    for rows in x.split(max(1, block // len(x))):
-        distance = 2 - 2 * rows @ x.T
-        parts.append((distance.amax(1), distance.topk(k + 1, largest=False).indices))
-    largest, nearest = zip(*parts, strict=True)
-    return torch.cat(largest), torch.cat(nearest)
 
 
 def reciprocal(nearest: Tensor, rows: Tensor, k: int) -> Tensor:

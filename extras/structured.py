@@ -21,14 +21,10 @@ CHANNELS = 16  # MLP channels go by so many: widths that matrix products are fas
 def check(model: MultiModalModel) -> None:
     """Raise UserError for a model that cannot be shrunk."""
     config, number = model.config, len(model.backbones)
-    if config.backbone != "vit":
+    if config.backbone != "vit" or number != 1:
         raise UserError(
-            f"--structured: removes heads and MLP channels of DeiT's ViT, this model has"
-            f" {config.backbone}; leave the option out, to prune by masks"
-        )
-    if number != 1:
-        raise UserError(
-            f"--structured: --fusion {config.fusion} has {number} backbones; expected one, shared"
+            f"--structured: expected one ViT, shared by all sensors, and not {number} backbones of"
+            f" the kind {config.backbone}; leave the option out, to prune by masks"
         )
 
 

@@ -24,9 +24,7 @@ def need_sklearn() -> None:
     """Raise UserError where scikit-learn is absent: before work whose result is to be drawn."""
     pictures.need_matplotlib()
     if importlib.util.find_spec("sklearn") is None:
-        raise UserError(
-            "--map needs scikit-learn, which is not installed: pip install scikit-learn"
-        )
+        raise UserError("--map needs scikit-learn: pip install scikit-learn")
 
 
 def draw(embedder: evaluate.Embedder, split: data.Split, path: str | Path, seed: int = 0) -> None:
@@ -36,7 +34,7 @@ def draw(embedder: evaluate.Embedder, split: data.Split, path: str | Path, seed:
     pids = pids[evenly].tolist()
     samples = [sample for sample in split.samples if sample.pid in pids]
     # Without the store, which would keep these images a second time
-    shown = data.Split(samples[:: -(-len(samples) // SAMPLES)], split.modalities, split.image_size)
+    shown = data.Split(samples[:: len(samples) // SAMPLES + 1], split.modalities, split.image_size)
     if len(shown) < 5:
         raise UserError(f"--map {path}: {len(shown)} gallery samples, expected at least 5")
     panels = {"embeddings": [shown]}
@@ -52,14 +50,11 @@ def draw(embedder: evaluate.Embedder, split: data.Split, path: str | Path, seed:
 
 
 def embed_2d(x: Tensor, seed: int) -> np.ndarray:
-    """(N, D) -> (N, 2): PCA to at most 50 dimensions, then t-SNE (van der Maaten, Hinton 2008)."""
+    """(N, D) -> (N, 2) by t-SNE (van der Maaten, Hinton 2008)."""
     from sklearn.manifold import TSNE
 
-    x = (x - x.mean(0)).double()
-    U, S, _ = torch.linalg.svd(x, full_matrices=False)
-    x = (U[:, :50] * S[:50]).numpy()
     perplexity = min(30, (len(x) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x.numpy())
 
 
 def plot(panels: dict[str, list], pids: list[int], path: str | Path) -> None:

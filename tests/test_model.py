@@ -372,11 +372,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         torch.save(state, tmp_path / "file.pth")
         load_backbone(target, tmp_path / "file.pth")
 
-    with pytest.raises(UserError, match="lacks dist_token.*timm:NAME"):
+    with pytest.raises(UserError, match='Missing key.*"dist_token".*timm:NAME'):
         load(ViT(SIZE, 16, 32, 2, 2, distilled=False).state_dict())
-    with pytest.raises(UserError, match=r"shape \(1, 1, 48\)"):
+    with pytest.raises(UserError, match=r"torch.Size\(\[1, 1, 48\]\)"):
         load(ViT(SIZE, 16, 48, 2, 2).state_dict())
-    with pytest.raises(UserError, match=r"has also blocks\.2"):
+    with pytest.raises(UserError, match=r"Unexpected key.*blocks\.2"):
         load(ViT(SIZE, 16, 32, 3, 2).state_dict())
     with pytest.raises(UserError, match="no state dict"):
         load({"epoch": 3})

