@@ -40,7 +40,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 2**26  # of an image: a larger one is refused before it is decoded
 STORE_GB = 20.0  # RGBN300 at 224x224, the largest of the paper's, takes 16.6
 STORE_VERSION = 2  # of what reading gives: a part of the names of the store's files
-PATIENCE = 2  # seconds to wait for a file before looking whether a signal has come
+PATIENCE = 10  # seconds to wait for images before looking whether a signal has come
 # Left in folders by file managers, network drives and notebooks: passed over without a word
 HIDDEN = re.compile(
     r"\..*|__MACOSX|@eaDir|@__thumb|@Recycle|#recycle|#snapshot|\$RECYCLE\.BIN|lost\+found"
@@ -511,11 +511,12 @@ def load_dataset(
         runtime.warn(f"{found.base}: {text}")
     splits, facts = {}, DATASETS[name]
     for split, known in zip(SPLITS, facts.counts or (0, 0, 0), strict=True):
-        samples = usable(found, split, chosen, split in need)
+        # Only an evaluation leaves a split out that is there: it does not look at "train"
+        samples = usable(found, split, chosen, split in need or split != "train")
         splits[split] = Split(samples, chosen, image_size, store_gb)
         if split in need and not samples:
             raise UserError(f"{found.base}: no usable images in {split}; expected {found.example}")
-        if split in need and known not in (0, len(samples)):
+        if samples and known not in (0, len(samples)):
             text = f"{split} has {len(samples)} samples, {name} is known to have {known}"
             runtime.warn(f"{found.base}: {text}; going on with what is there")
     mean, std = ({m: facts.mean_std.get(m, IMAGENET)[i] for m in chosen} for i in (0, 1))
@@ -694,9 +695,8 @@ def synthetic_folder(root: Path, render: bool) -> Path:
                         time.sleep(0.1)
                 finally:
                     child.terminate()
-                number = runtime.noted_signal()
-            if number:
-                raise runtime.Stopped(number, "stopped while rendering the synthetic set")
+                if number := runtime.noted_signal():
+                    raise runtime.Stopped(number, "stopped while rendering the synthetic set")
             if child.returncode:
                 raise UserError(f"{folder}: rendering failed; see above")
     file = folder / "VERSION"

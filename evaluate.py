@@ -2,16 +2,18 @@
 
 python evaluate.py runs/synthetic
 
+Read it from `evaluate`: it calls rank_features, and that rank_by, which computes average precision.
 As a library: load_embedder("runs/synthetic") turns photos into embeddings, rank_metrics ranks.
 
 Shapes: Q queries, G gallery samples, N samples of a split, B of a batch, D width of an embedding.
 """
 
 import argparse
+import io
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,24 +51,39 @@ class RankMetrics(NamedTuple):
     rank: Tensor  # of each query's first match, (Q,); 0 without one
 
 
-def rank_metrics(query: Tensor, gallery: Tensor, *ids: Tensor) -> RankMetrics:
-    """Rank the gallery (G, D) for every query (Q, D) by cosine; features need not be normalised.
+def rank_metrics(
+    query: Tensor,
+    gallery: Tensor,
+    query_pids: Tensor,
+    gallery_pids: Tensor,
+    query_keys: Tensor,
+    gallery_keys: Tensor,
+) -> RankMetrics:
+    """Rank the gallery (G, D) for every query (Q, D) by cosine; see rank_by.
 
-    `ids`, int64: the pids of query (Q,) and gallery (G,), then their keys (camera or scene).
+    Features need not be normalised. pids and keys (camera or scene) are int64, (Q,) and (G,).
     """
     # The query's norm does not change its order
     query, gallery = query.detach().float(), F.normalize(gallery.detach().float())
+    ids = (query_pids, gallery_pids, query_keys, gallery_keys)
     return rank_by(lambda start, end: query[start:end] @ gallery.T, *ids)
 
 
-def rank_by(similarities: Callable[[int, int], Tensor], *ids: Tensor) -> RankMetrics:
+def rank_by(
+    similarities: Callable[[int, int], Tensor],
+    query_pids: Tensor,
+    gallery_pids: Tensor,
+    query_keys: Tensor,
+    gallery_keys: Tensor,
+) -> RankMetrics:
     """Rank by `similarities(start, end)`, those of queries start to end - 1, (end - start, G).
 
     Gallery samples with the query's pid and key are left out (Zheng et al. 2015); a query without
     any other match does not count. Ties count against the model: a wrong sample as similar as a
     match ranks before it, so that features which collapse to a point score lowest, not highest.
-    mINP is Ye et al.'s (2021).
+    mINP is Ye et al.'s (2021). At most BLOCK similarities are in memory at once.
     """
+    ids = (query_pids, gallery_pids, query_keys, gallery_keys)
     query_pids, gallery_pids, query_keys, gallery_keys = (x.cpu().numpy() for x in ids)
     Q, step = len(query_pids), max(1, BLOCK // max(1, len(gallery_pids)))
     ap, inverse_penalty, first = np.full(Q, np.nan), np.zeros(Q), np.zeros(Q, np.int64)
@@ -93,12 +111,12 @@ def rank_by(similarities: Callable[[int, int], Tensor], *ids: Tensor) -> RankMet
 
 
 class Ranking(NamedTuple):
-    """Query and gallery, ranked."""
+    """Query and gallery, ranked: the metrics, and the similarities of queries start to end - 1."""
 
     query: data.Split
     gallery: data.Split
     metrics: RankMetrics
-    similarities: Callable[[int, int], Tensor]  # of queries start to end - 1, (end - start, G)
+    similarities: Callable[[int, int], Tensor]  # (start, end) -> (end - start, G)
 
 
 def rank_splits(embedder: "Embedder", query: data.Split, gallery: data.Split) -> Ranking:
@@ -122,14 +140,14 @@ def rank_features(
 
 
 def check_matches(query: data.Split, gallery: data.Split) -> None:
-    """Raise UserError where no query has a match."""
+    """Raise UserError where no query has a match: before hours of work, or minutes of embedding."""
     keys = defaultdict(set)
     for sample in gallery.samples:
         keys[sample.pid].add(sample.key)
     if not any(keys[sample.pid] - {sample.key} for sample in query.samples):
         raise UserError(
-            f"no query with {', '.join(query.modalities)} has a gallery sample of its identity from"
-            " another camera or scene; nothing can be ranked"
+            f"none of {len(query)} queries ({', '.join(query.modalities)}) has a gallery sample of"
+            " its identity from another camera or scene; nothing can be ranked"
         )
 
 
@@ -156,8 +174,9 @@ def metrics_dict(model: MultiModalModel, ranking: Ranking) -> dict:
 def summary(metrics: dict) -> str:
     names = ("mAP", "R1", "R5", "R10", "mINP")
     shown = "  ".join(f"{name} {100 * metrics[name]:.1f}" for name in names)
-    counts = "({num_valid} of {num_query} queries, {num_gallery} gallery samples)"
-    return f"{shown}  {counts.format_map(metrics)}"
+    valid, total = metrics["num_valid"], metrics["num_query"]
+    queries = f"{total} queries" if valid == total else f"{valid} of {total} queries"
+    return f"{shown}  ({queries}, {metrics['num_gallery']} gallery samples)"
 
 
 # --- from images to embeddings
@@ -179,16 +198,17 @@ class Embedder:
     std: dict[str, tuple[float, float, float]]
     device: torch.device
     precision: str = "auto"
-    workers: int | None = None  # reading processes of a rank; None: its cores, at most 8
+    workers: int | None = None  # reading threads of a rank; None: its cores, at most 8
     features: str = "fusion"
     settings: dict = field(default_factory=dict)
+    checkpoint_path: Path | None = None
 
     def __post_init__(self):
         fusion = self.model.config.fusion
-        if self.features == "bnneck" and fusion == "hamnet":
-            raise UserError("--features bnneck: HAMNet has no BNNeck")
         if self.features == "data" and fusion != "graft":
             raise UserError(f"--features data: a model with --fusion {fusion} has no data tokens")
+        if self.features == "bnneck" and fusion == "hamnet":
+            raise UserError("--features bnneck: HAMNet has no BNNeck")
         self.model = self.model.to(self.device)
         self.workers = runtime.default_workers() if self.workers is None else self.workers
         self.normalise = data.Normalise(self.mean, self.std, self.device)
@@ -196,31 +216,35 @@ class Embedder:
     def autocast(self):
         return runtime.autocast(self.device, self.precision)
 
+    @torch.no_grad()
     def __call__(self, photos: dict | list[dict]) -> Tensor:
-        """Embeddings (N, D) of photos: {modality: file or uint8 tensor (3, H, W)} each.
+        """Embeddings (N, D) of photos: {modality: file, PIL image or uint8 tensor (3, H, W)} each.
 
         Products of embeddings are cosines. Photos may lack modalities. Raises UserError for a file
         that is no image, ValueError for a modality that the model does not have.
         """
         photos = [photos] if isinstance(photos, dict) else photos
         photos = [self.model.ordered(photo) for photo in photos]
-
-        def read(indices: list[int]) -> dict[str, Tensor]:
-            size, names = self.model.config.image_size, photos[indices[0]]
-            rows = {m: [read_photo(photos[i][m], size) for i in indices] for m in names}
-            images = {name: torch.stack(row) for name, row in rows.items()}
-            return runtime.to_device(images, self.device)
-
-        batches = batches_alike(photos)
-        return finite(self.rows(len(photos), batches, map(read, batches), self.features_of))
+        size, rows = self.model.config.image_size, torch.zeros(len(photos), self.model.width)
+        self.model.eval()
+        for indices in batches_alike(photos):
+            images = {
+                name: torch.stack([read_photo(photos[i][name], size) for i in indices])
+                for name in photos[indices[0]]
+            }
+            with self.autocast():
+                images = self.normalise(runtime.to_device(images, self.device))
+                rows[indices] = self.features_of(images).float().cpu()
+        return finite(rows)
 
     def embed(self, split: data.Split, flip: bool = False) -> Tensor:
         """The features of a split by which it is ranked, (N, D), in its own order."""
-        return self.for_each(split, lambda images: self.features_of(images, flip))
+        width = self.model.width
+        return self.for_each(split, lambda images: self.features_of(images, flip), width)
 
     def fusion_tokens(self, split: data.Split) -> Tensor:
         """Fusion tokens as the losses see them, (N, D): not normalised, before the BNNeck."""
-        return self.for_each(split, lambda images: self.model(images).fusion)
+        return self.for_each(split, lambda images: self.model(images).fusion, self.model.width)
 
     def features_of(self, images: dict[str, Tensor], flip: bool = False) -> Tensor:
         """L2-normalised embeddings (B, D) of normalised images.
@@ -234,37 +258,36 @@ class Embedder:
             tokens = (tokens + getattr(self.model(mirrored), token)) / 2
         return F.normalize(self.model.bottleneck(tokens) if self.features == "bnneck" else tokens)
 
-    def for_each(self, split: data.Split, compute: Callable[[dict], Tensor]) -> Tensor:
-        """`compute` of each sample's normalised images, (N, D), float32, on the CPU.
+    @torch.no_grad()
+    def for_each(self, split: data.Split, compute: Callable[[dict], Tensor], width: int) -> Tensor:
+        """`compute` of each sample's normalised images, in eval mode: (N, width), float32, CPU.
 
-        Every rank computes its share and gets all rows.
+        Every rank computes its share and gets all rows. They are filled in by sample index, so
+        neither padding nor order can mix samples up.
         """
+        was_training = self.model.training
+        self.model.eval()
+        rows = torch.zeros(len(split), width, device=self.device)
         batches = batches_alike([sample.images for sample in split.samples])
         own = batches[runtime.rank() :: runtime.world_size()]
         with closing(data.read_batches(split, own, self.workers, self.device)) as reader:
             progress = tqdm(reader, "embedding", len(own), leave=False, disable=None)
-            rows = self.rows(len(split), own, progress, compute)
-        return finite(runtime.all_sum(rows))
-
-    @torch.no_grad()
-    def rows(self, count: int, batches: list[list[int]], read: Iterable[dict], compute) -> Tensor:
-        """`compute` in eval mode of the images that were read for each batch: (count, D).
-
-        Rows are filled in by sample index, so neither padding nor order can mix samples up.
-        """
-        was_training = self.model.training
-        self.model.eval()
-        rows = torch.zeros(count, self.model.width, device=self.device)
-        for indices, images in zip(batches, read, strict=True):
-            with self.autocast():
-                rows[indices] = compute(self.normalise(images))
+            for indices, images in zip(own, progress, strict=True):
+                with self.autocast():
+                    rows[indices] = compute(self.normalise(images))
         self.model.train(was_training)
-        return rows
+        return finite(runtime.all_sum(rows).cpu())
 
 
-def read_photo(photo: str | Path | Tensor, size: tuple[int, int]) -> Tensor:
+def read_photo(photo: str | Path | Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
     """A photo as the model takes it, (3, H, W), uint8; tensors are of that size already."""
-    return photo if isinstance(photo, Tensor) else data.read_tiles(photo, [None], size)[0]
+    if isinstance(photo, Tensor):
+        return photo
+    if isinstance(photo, Image.Image):  # written and read, so that it is treated as a file is
+        file = io.BytesIO()
+        ImageOps.exif_transpose(photo).save(file, "TIFF")
+        photo = file
+    return data.read_tiles(photo, [None], size)[0]
 
 
 def batches_alike(photos: list[dict]) -> list[list[int]]:
@@ -278,8 +301,10 @@ def batches_alike(photos: list[dict]) -> list[list[int]]:
 
 def finite(rows: Tensor) -> Tensor:
     if not torch.isfinite(rows).all():
-        raise UserError("the model's embeddings are not finite: did its training diverge?")
-    return rows.cpu()
+        raise UserError(
+            "the model's embeddings are not finite: its weights are damaged, or training diverged"
+        )
+    return rows
 
 
 # --- checkpoints
@@ -294,18 +319,21 @@ def load_embedder(path: str | Path, device: str | torch.device = "auto", **optio
     model, checkpoint = load_model(path)
     config, settings = checkpoint["config"], checkpoint["settings"]
     if "features" not in settings:  # checkpoints of older versions have it in the model's config
-        token = config.get("test_token", "fusion")
-        settings["features"] = "bnneck" if config.get("bnneck_features") else token
+        bnneck = "bnneck" if config.get("bnneck_features") else "fusion"
+        settings["features"] = "data" if config.get("test_token") == "data" else bnneck
     for name in ("precision", "workers", "features"):
         if options.get(name) is None:
             options[name] = settings.get(name, getattr(Embedder, name))
     device = runtime.start(device) if isinstance(device, str) else device
-    mean_std = checkpoint["mean"], checkpoint["std"]
-    return Embedder(model, *mean_std, device, settings=settings, **options)
+    origin = {"settings": settings, "checkpoint_path": runtime.checkpoint_file(path)}
+    return Embedder(model, checkpoint["mean"], checkpoint["std"], device, **options, **origin)
 
 
 def load_model(path: str | Path) -> tuple[MultiModalModel, dict]:
-    """The model of a checkpoint of train.py or prune.py, in eval mode, and the whole checkpoint."""
+    """The model of a checkpoint of train.py or prune.py, in eval mode, and the whole checkpoint.
+
+    Raises UserError for anything else.
+    """
     checkpoint = runtime.load_checkpoint(path)
     for name in ("config", "model", "settings", "mean", "std"):
         if not isinstance(checkpoint.get(name), dict):
@@ -317,9 +345,14 @@ def load_model(path: str | Path) -> tuple[MultiModalModel, dict]:
         with torch.device("cpu" if config.backbone.startswith("timm:") else "meta"):
             model = build_model(config)
         model.load_state_dict(checkpoint["model"], assign=True)
+        for name in ("mean", "std"):
+            values = [checkpoint[name][modality] for modality in config.modalities]
+            torch.tensor(values).view(-1, 3)
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{path}: its weights do not fit its configuration ({reason})") from None
+        raise UserError(
+            f"{path}: its weights and its configuration do not fit this version's model ({reason})"
+        ) from None
     return model.float().eval(), checkpoint  # float: files may hold half precision
 
 
@@ -359,7 +392,7 @@ def make_parser(description: str, **more) -> runtime.Parser:
     text = "fusion tokens (paper), what leaves the BNNeck, or data tokens (default: as in training)"
     parser.add_argument("--features", choices=FEATURES, help=text)
     runtime.add_device_options(parser, precision=None)
-    text = "reading processes of a rank (default: as in training, else its cores)"
+    text = "reading threads of a rank (default: as in training, else its cores)"
     parser.add_argument("--workers", type=runtime.whole(0), help=text)
     return parser
 
@@ -369,7 +402,11 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Embedder, data.Dataset]:
     options = {name: getattr(args, name) for name in ("precision", "workers", "features")}
     embedder = load_embedder(args.checkpoint, args.device, **options)
     for name in ("dataset", "data_root", "modalities"):
-        setattr(args, name, getattr(args, name) or embedder.settings[name])
+        if getattr(args, name) is None:
+            if name not in embedder.settings:
+                option = name.replace("_", "-")
+                raise UserError(f"{args.checkpoint}: its settings lack {name}; give --{option}")
+            setattr(args, name, embedder.settings[name])
     for name in options:
         setattr(args, name, getattr(embedder, name))
     config = embedder.model.config
@@ -403,26 +440,24 @@ def subsets(modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [subset for size in sizes for subset in combinations(modalities, size)]
 
 
-def check_pictures(args: argparse.Namespace) -> bool:
-    """Whether pictures are to be drawn. Raises UserError now for what could not be drawn later."""
-    drawn = [name for name in PICTURES if getattr(args, name)]
+def check_pictures(args: argparse.Namespace, drawn: list[str]) -> None:
+    """Refuse what could not be drawn after all is embedded and ranked."""
     for name in drawn:
         option = "--" + name.replace("_", "-")
         runtime.check_output(getattr(args, name), option, (".png", ".jpg", ".jpeg"))
-    if drawn and (args.all_subsets or "RANK" in os.environ):
+    if args.all_subsets or "RANK" in os.environ:
         raise UserError("pictures show one ranking, by one process: no --all-subsets, no torchrun")
     if args.cmc:
         runtime.imported("extras.pictures").need_matplotlib()
     if args.map:
         runtime.imported("extras.tsne").need_sklearn()
-    return bool(drawn)
 
 
-@runtime.program
-def main() -> None:
-    args = parse()
+def evaluate(args: argparse.Namespace) -> dict:
+    """The figures of a checkpoint; with --all-subsets, by subset."""
     runtime.check_output(args.json, "--json")
-    drawn = check_pictures(args)
+    if drawn := [name for name in PICTURES if getattr(args, name)]:
+        check_pictures(args, drawn)
     embedder, dataset = open_checkpoint(args)
     fusion = embedder.model.config.fusion
     if args.attention and fusion != "graft":
@@ -431,21 +466,30 @@ def main() -> None:
         pictures = runtime.imported("extras.pictures")
         pictures.check_queries(args.queries, dataset.query)
     chosen = subsets(args.modalities) if args.all_subsets else [args.modalities]
-    splits = [(dataset.query.restricted(s), dataset.gallery.restricted(s)) for s in chosen]
-    for query, gallery in splits:
-        check_matches(query, gallery)
+    splits = {s: (dataset.query.restricted(s), dataset.gallery.restricted(s)) for s in chosen}
+    for pair in splits.values():
+        check_matches(*pair)
     results = {}
-    for subset, (query, gallery) in zip(chosen, splits, strict=True):
+    for subset, (query, gallery) in splits.items():
         q, g = embedder.embed(query, args.flip), embedder.embed(gallery, args.flip)
         ranking = rank_features((query, q), (gallery, g), args.rerank)
-        name = ",".join(subset)
-        results[name] = metrics_dict(embedder.model, ranking)
-        runtime.print0((f"{name:<16}" if args.all_subsets else "") + summary(results[name]))
+        metrics = results[",".join(subset)] = metrics_dict(embedder.model, ranking)
+        shown = f"{','.join(subset):<16}" if args.all_subsets else ""
+        runtime.print0(shown + summary(metrics))
+    if len({metrics["num_valid"] for metrics in results.values()}) > 1:
+        runtime.print0("the rows rank different queries: some samples lack a sensor")
+    found = results if args.all_subsets else metrics
     if args.json and runtime.rank() == 0:
-        runtime.write_json(args.json, results if args.all_subsets else results[name])
+        runtime.write_json(args.json, found)
         print(f"{args.json}: the figures, and those of each query")
     if drawn:
         pictures.draw(args, embedder, ranking)
+    return found
+
+
+@runtime.program
+def main() -> None:
+    evaluate(parse())
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Backbone(nn.Module):
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
 
     def load(self, path: str | Path) -> list[str]:
-        """Load pretrained weights strictly; returns the names of weights left out, as heads."""
+        """Load pretrained weights strictly; returns the names of those left out: heads."""
         raise NotImplementedError
 
     def prunable(self) -> list[nn.Module]:
@@ -180,8 +180,8 @@ class ViT(Backbone):
         if str(path) == "pretrained":
             path = fetch_deit(self)
         state, dropped, image_size = read_state(path)
-        grid = self.patch_embed.proj.kernel_size[0]
-        old = tuple(side // grid for side in image_size) if image_size else None
+        P = self.patch_embed.proj.kernel_size[0]
+        old = tuple(side // P for side in image_size) if image_size else None
         if "pos_embed" in state:
             state["pos_embed"] = resize_pos_embed(
                 state["pos_embed"], self.prefix_tokens, old, self.grid
@@ -454,10 +454,10 @@ class GraFT(MultiModalModel):
         self.keep = (slice(0, L), slice(L + first, 2 * L + first))
 
     def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        B, L = len(next(iter(images.values()))), self.config.fusion_tokens
+        L = self.config.fusion_tokens
         fusion, data = {}, {}
         for modality, data_tokens in self.extract(images).items():  # Eq. (1), (2): (B, N, D)
-            fusion_tokens = self.fusion_token.expand(B, -1, -1)  # (B, L, D)
+            fusion_tokens = self.fusion_token.expand(len(data_tokens), -1, -1)  # (B, L, D)
             tokens = torch.cat([fusion_tokens, data_tokens], 1)  # Eq. (3): (B, L + N, D)
             z = self.encoders[modality](tokens, self.keep).float()  # Eq. (4): (B, 2 * L, D)
             fusion[modality] = z[:, :L].flatten(1)  # Eq. (5): (B, L * D)
@@ -525,8 +525,9 @@ def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
     embeddings are resized where the image size differs. Returns the names of the weights left out:
     classifiers. Raises UserError for a file that cannot be read or is not this backbone's.
     """
-    backbones = [module for module in model.modules() if isinstance(module, Backbone)]
-    return [backbone.load(path) for backbone in backbones][-1]
+    for backbone in [module for module in model.modules() if isinstance(module, Backbone)]:
+        left_out = backbone.load(path)
+    return left_out
 
 
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str], tuple | None]:

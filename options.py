@@ -5,7 +5,7 @@ shows the values that a recipe takes. A value without an option is a constant of
 """
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
@@ -54,7 +54,7 @@ PAPER = {  # data set -> what the paper's recipe changes for it
     "wmveid863": {"image_size": (128, 256)},
     "market1501": {"image_size": (256, 128)},
 }
-PLUS = {  # ours: the field's known means together; experiments.ablate --table plus
+PLUS = {  # ours: known re-ID techniques together; experiments.ablate --table plus
     "batch_size": 26,  # 78 images: 13 identities x 6
     "triplet": "hardest",
     "cross_entropy": "all",
@@ -146,7 +146,7 @@ def make_parser() -> runtime.Parser:
         " stage 2;\none value is for both. Values of the paper are marked by its section.",
         prog="train.py",
     )
-    text = "plus: ours, the field's known means together"
+    text = "plus: our own, which combines known re-ID techniques"
     parser.add_argument("--recipe", choices=("paper", "plus"), default="paper", help=text)
     add_data_options(parser.add_argument_group("data"))
     add_model_options(parser.add_argument_group("model"))
@@ -186,10 +186,10 @@ def add_data_options(group) -> None:
     text = "probability of a horizontal and of a vertical flip; paper, 5.2, without numbers"
     option("--flips", (0.5, 0.5), real(0, 1), text)
     option("--erase", 0.5, real(0, 1), "probability of random erasing; published code")
-    option("--pad", 0, whole(0, 1024), "pad by so many pixels, then crop at random")
+    option("--pad", 0, whole(0, 1024), "pad by N pixels, then crop at random")
     text = "hold out this many training identities, and evaluate them after each epoch"
     option("--val-ids", 0, whole(0), text)
-    text = "reading processes of a rank (default: its cores, at most 8)"
+    text = "reading threads of a rank (default: its cores, at most 8)"
     option("--workers", None, whole(0), text)
 
 
@@ -197,12 +197,12 @@ def add_model_options(group) -> None:
     option, pair = adder(group)
     text = "deit-b (paper, 3.2), small, any ViT of timm as timm:NAME; resnet18 or resnet50 (HAMNet)"
     option("--backbone", "deit-b", backbone, text, metavar="NAME")
-    text = "a FILE; pretrained: as released, fetched (paper, 3.2); none: random"
+    text = "FILE, pretrained (download the released weights; paper, 3.2) or none (random)"
     option("--backbone-weights", "pretrained", str, text, metavar="FILE")
     option("--fusion", "graft", tuple(FUSIONS), "GraFT, or a baseline of the paper's tables")
-    option("--fusion-tokens", 1, whole(1, 1000), "of GraFT; paper, 5.2")
+    option("--fusion-tokens", 1, whole(1, 1000), "number of fusion tokens (GraFT); paper, 5.2")
     option("--data-token", 0, whole(0), "index of GraFT's data token, Eq. (11)")
-    option("--dropout", 0.1, real(0, 1), "of the modality encoders; torch's default")
+    option("--dropout", 0.1, real(0, 1), "dropout in the modality encoders; torch's default")
     pair("--patch-dropout", (0.0, 0.0), real(0, 0.95), "share of patches that a step leaves out")
     text = "what is tested: what enters the BNNeck (paper), or what leaves it"
     option("--features", "fusion", ("fusion", "bnneck"), text)
@@ -211,8 +211,8 @@ def add_model_options(group) -> None:
 def add_loss_options(group) -> None:
     option, pair = adder(group)
     text = (
-        "tokens of anchor, positive and negative (paper, 4.3; default: FFD, baselines FFF), or the"
-        " hardest triplets of batches of some samples of each of some identities"
+        "tokens of anchor, positive and negative (paper, 4.3; default: FFD, baselines FFF), or"
+        " hardest: batch-hard triplets, 6 samples per identity"
     )
     option("--triplet", None, (*SCHEMES, "hardest"), text)
     text = "Euclidean distances in Eq. (8), not squared ones; published code"
@@ -231,8 +231,8 @@ def add_loss_options(group) -> None:
 
 def add_optimisation_options(group) -> None:
     option, pair = adder(group)
-    pair("--frozen", ("yes", "no"), ("yes", "no"), "whether the backbone is; paper, 4.1")
-    pair("--epochs", (40, 60), whole(0), "0 leaves a stage out; published code")
+    pair("--frozen", ("yes", "no"), ("yes", "no"), "freeze the backbone; paper, 4.1")
+    pair("--epochs", (40, 60), whole(0), "epochs per stage; 0 skips it; published code")
     pair("--epoch-steps", (0, 0), whole(0), "end each epoch after so many steps; 0: all triplets")
     option("--batch-size", 208, whole(1), "triplets of a step, over all ranks; paper, 5.2: 8 x 26")
     text = "triplets that a rank takes at once; a larger share is taken in several passes"
@@ -243,7 +243,7 @@ def add_optimisation_options(group) -> None:
     pair("--weight-decay", (0.05, 0.0013), real(0), "AdamW's; published code")
     text = "sqrt: warm-up, square-root decay, cool-down (paper, 5.2); steps: HAMNet's"
     pair("--schedule", ("sqrt", "constant"), SCHEDULES, text)
-    text = "of every schedule but the constant one; published code"
+    text = "warm-up steps, not used by constant; published code"
     option("--warmup-steps", 500, whole(0), text)
 
 
@@ -300,7 +300,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-# What may be given anew when a run is resumed, as it changes no result
+# What may be given anew when a run is resumed. Another kind of device rounds differently
 FREE = {"device", "workers", "store", "data_root", "out", "resume", "deterministic"}
 
 
@@ -310,14 +310,18 @@ def resumed(args: argparse.Namespace, stored: dict) -> argparse.Namespace:
     Raises UserError where the command line gives another value than the run has.
     """
     for name in args.given:
-        option = f"--{name.replace('_', '-')}"
-        if name not in FREE and name in stored and getattr(args, name) != stored[name]:
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        # Sensors are always in the data set's order, however they are typed
+        same = (
+            set(value) == set(stored[name]) if name == "modalities" else value == stored.get(name)
+        )
+        if name not in FREE and name in stored and not same:
             raise UserError(
-                f"{option} {getattr(args, name)}: the run in {args.out} has {stored[name]}; leave"
+                f"{option} {value}: the run in {args.out} has {stored[name]}; leave"
                 " the option out to continue it, or choose another --out"
             )
     if stored.get("slip") != getattr(args, "slip", None):  # of experiments.published
-        raise UserError(f"{args.out}: the run has slip {stored.get('slip')}; choose another --out")
+        raise UserError(f"{args.out}: the run was trained with another slip; choose another --out")
     changed = {name: getattr(args, name) for name in FREE if name in args.given}
     settings = {**stored, **changed, "given": args.given, "out": args.out}
     return complete(argparse.Namespace(**settings))
@@ -353,15 +357,23 @@ class Stage:
 
     @classmethod
     def of(cls, args: argparse.Namespace, number: int) -> "Stage":
-        own = {
-            field.name: getattr(args, field.name)[number - 1]
-            for field in fields(cls)
-            if isinstance(getattr(args, field.name, None), tuple)
-        }
-        own["frozen"] = own["frozen"] == "yes"
-        betas = args.adam_betas[2 * number - 2 : 2 * number]
-        own |= {"number": number, "name": f"stage {number}", "betas": betas}
-        return cls(**own, warmup_steps=args.warmup_steps)
+        i = number - 1
+        return cls(
+            number=number,
+            name=f"stage {number}",
+            frozen=args.frozen[i] == "yes",
+            epochs=args.epochs[i],
+            epoch_steps=args.epoch_steps[i],
+            lr=args.lr[i],
+            backbone_lr=args.backbone_lr[i],
+            weight_decay=args.weight_decay[i],
+            betas=args.adam_betas[2 * i : 2 * i + 2],
+            schedule=args.schedule[i],
+            warmup_steps=args.warmup_steps,
+            beta=args.beta[i],
+            label_smoothing=args.label_smoothing[i],
+            patch_dropout=args.patch_dropout[i],
+        )
 
 
 def check_combinations(args: argparse.Namespace) -> None:

@@ -115,6 +115,7 @@ def prune_once(run: train.Run, stage: train.Stage, keep: int, structured: bool) 
     if structured:
         shrink = runtime.imported("extras.structured.shrink")
         run.embedder = replace(run.embedder, model=shrink(run.model, keep))
+        run.batches.embedder = run.embedder
     else:
         mask(run.model, keep)
     run.progress = train.Progress(stage.number)
@@ -205,7 +206,7 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
     for split in (dataset.train, dataset.query, dataset.gallery):
         split.open()
     run.checkpoint_path = None  # a round is saved when it is over
-    run.own_out(pruning.log_size)
+    run.own_out(pruning.log_size, resumed)
     run.criterion.load_state_dict(checkpoint["criterion"])
     return run, pruning
 

@@ -20,6 +20,7 @@ import time
 import zipfile
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing.dummy import DummyProcess
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # FFD's triplet loss vanishes to 1e-20 and below, so its gradients are denormal numbers, with which
-# Intel's CPUs compute 10 to 60 times slower. Threads inherit the setting from the one that starts
-# them, so it comes before any kernel has run
+# Intel's CPUs compute 10 to 60 times slower. On Linux threads inherit the setting from the one that
+# starts them, so it comes before any kernel has run
 torch.set_flush_denormal(True)
 
 # --- errors and exit codes
@@ -57,13 +58,22 @@ def program(main):
     @functools.wraps(main)
     def guarded(*args):
         for stream in (sys.stdout, sys.stderr):  # names of files need not be valid UTF-8
-            stream.reconfigure(errors="backslashreplace")
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         code = _exit_code(main, *args)
         # After a failure the other ranks may be inside a collective, and NCCL would wait for them
         if code not in (1, 2):
             leave_ranks()
         with suppress(BrokenPipeError):
             sys.stdout.flush()
+        # A thread that reads an image may be inside a torch kernel, where Python's own exit would
+        # abort the program, or wait for a disk that hangs, for which it would wait for ever
+        readers = [thread for thread in threading.enumerate() if isinstance(thread, DummyProcess)]
+        for reader in readers:
+            reader.join(10)
+        if any(reader.is_alive() for reader in readers):
+            sys.stderr.flush()
+            os._exit(code)
         sys.exit(code)
 
     return guarded
@@ -339,7 +349,7 @@ def num_cores() -> int:
 
 
 def default_workers() -> int:
-    """Reading processes of a rank: the cores it has to itself, at most 8."""
+    """Reading threads of a rank: the cores it has to itself, at most 8."""
     return max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -387,7 +397,8 @@ def to_device(x: Tensor | dict[str, Tensor], device: torch.device):
         return {name: to_device(value, device) for name, value in x.items()}
     if device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    # Not on Apple's GPUs: there the copy may read memory that is already free
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 # --- signals
@@ -415,14 +426,17 @@ def deferred_signals():
         yield
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    _deferring = True
+    _deferring, obeyed = True, True
     try:
         yield
+        obeyed = False  # no exception: a signal may have come after the block's last look
     finally:
-        _deferring = False
+        _deferring, number = False, noted_signal()
         _noted.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        if number and not obeyed:
+            signal.raise_signal(number)
 
 
 def noted_signal() -> int:
@@ -449,7 +463,7 @@ def write_atomically(path: Path, write) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows syncs no file that is open to read
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -504,7 +518,7 @@ def own_folder(path: Path):
     try:
         import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         pass
     except (BlockingIOError, PermissionError):

@@ -137,7 +137,7 @@ def make_optimizer(objective: Objective, stage: Stage, center_lr: float) -> torc
     ]
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    # One kernel for all parameters instead of five for each; Apple's GPUs have none
+    # One kernel for all parameters instead of five for each
     fused = new[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -299,11 +299,13 @@ class Run:
     def model(self) -> MultiModalModel:
         return self.embedder.model
 
-    def own_out(self, log_size: int = 0) -> None:
+    def own_out(self, log_size: int = 0, resumed: bool = False) -> None:
         """Begin to write to OUT, which no other process may do until this one ends."""
         out = self.args.out
         if runtime.rank() == 0:
             self.lock = runtime.own_folder(out)
+            if (out / "last.pt").exists() and not resumed:  # opening the images takes its time
+                raise UserError(f"{out}: another run has just ended there; choose another --out")
             runtime.write_json(out / "config.json", settings(self.args))
         # What the log holds beyond a checkpoint, the steps that are done again write again
         self.log = runtime.RunLog(out / "log.jsonl", log_size)
@@ -374,10 +376,9 @@ def train(args: argparse.Namespace) -> dict:
         run.save(None)  # no epoch's end has
     # The last weights, not the best epoch's: nothing is chosen on the test split
     metrics = final_test(run)
-    files = sorted(file.name for file in run.args.out.iterdir() if not file.name.startswith("."))
-    runtime.print0(
-        f"{run.args.out}: {', '.join(files)}; {time.perf_counter() - began:.0f} s in all"
-    )
+    files = "config.json, last.pt, log.jsonl" + (", metrics.json" if metrics else "")
+    seconds = time.perf_counter() - began
+    runtime.print0(f"{run.args.out}: {files}; {seconds:.0f} s in all")
     return metrics
 
 
@@ -397,33 +398,43 @@ def train_stage(run: Run, stage: Stage) -> None:
     objective, optimizer = begin_stage(run, stage)
     parallel = on_all_ranks(objective)
     while progress.epoch < stage.epochs:
-        began, first, stop = time.perf_counter(), progress.step, False
-        with closing(run.batches.steps(stage, progress.epoch, first)) as steps:
-            for passes in progress_bar(steps, run, stage):
-                rate = set_rate(optimizer, run, stage)
-                sums: dict[str, Tensor] = {}
-                for batch in passes:
-                    torch.manual_seed(batch.seed)  # dropout differs by rank and step
-                    with gradients_sent(parallel, batch.is_last):
-                        losses = parallel(batch.images, batch.labels, batch.rows)
-                        (losses["loss"] * batch.weight).backward()
-                    add_losses(sums, losses, batch.weight)
-                means, stop = mean_over_ranks(sums, optimizer)
-                if not all(map(math.isfinite, means.values())):
-                    raise diverged(run, stage, means)
-                optimizer.step()
-                optimizer.zero_grad()
-                progress.add(means)
-                log_step(run, stage, rate)
-                if stop:
-                    break
-        if not stop:
-            end_epoch(run, stage, progress.step - first, time.perf_counter() - began)
+        try:
+            train_epoch(run, stage, parallel, optimizer)
+        except runtime.Stopped:  # while waiting for images: between steps, where all is consistent
+            if runtime.world_size() == 1:
+                run.save(optimizer)
+            raise
         run.save(optimizer)
         # A signal may have come after the last step, and only to some ranks
         if runtime.any_rank(runtime.noted_signal() > 0):
             raise stopped(run, stage)
         run.after_epoch()
+
+
+def train_epoch(run: Run, stage: Stage, parallel: nn.Module, optimizer) -> None:
+    """What is left of an epoch, or of it until a signal came."""
+    progress = run.progress
+    began, first = time.perf_counter(), progress.step
+    with closing(run.batches.steps(stage, progress.epoch, first)) as steps:
+        for passes in progress_bar(steps, run, stage):
+            rate = set_rate(optimizer, run, stage)
+            sums: dict[str, Tensor] = {}
+            for batch in passes:
+                torch.manual_seed(batch.seed)  # dropout differs by rank and step
+                with gradients_sent(parallel, batch.is_last):
+                    losses = parallel(batch.images, batch.labels, batch.rows)
+                    (losses["loss"] * batch.weight).backward()
+                add_losses(sums, losses, batch.weight)
+            means, stop = mean_over_ranks(sums, optimizer)
+            if not all(map(math.isfinite, means.values())):
+                raise diverged(run, stage, means)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.add(means)
+            log_step(run, stage, rate)
+            if stop:
+                return
+    end_epoch(run, stage, progress.step - first, time.perf_counter() - began)
 
 
 def begin_stage(run: Run, stage: Stage) -> tuple[Objective, torch.optim.AdamW]:
@@ -584,8 +595,8 @@ def start_run(args: argparse.Namespace) -> Run:
 
     All that can be refused is refused, and every image has been opened, before OUT is touched.
     """
-    device = runtime.start(args.device, args.deterministic)
     args, checkpoint = stored_run(args)
+    device = runtime.start(args.device, args.deterministic)
     torch.manual_seed(args.seed)
     dataset, validation = load_splits(args)
     args.modalities = dataset.modalities  # as found, where none were chosen
@@ -599,7 +610,7 @@ def start_run(args: argparse.Namespace) -> Run:
     run = Run(args, device, dataset, model, validation)
     for split in (dataset.train, dataset.query, dataset.gallery, *(validation or ())):
         split.open()
-    run.own_out(checkpoint["progress"]["log_size"] if checkpoint else 0)
+    run.own_out(checkpoint["progress"]["log_size"] if checkpoint else 0, bool(checkpoint))
     if checkpoint:
         run.load(checkpoint)
     return run

@@ -545,8 +545,11 @@ def test_where_the_store_has_no_room_images_are_decoded_each_time(
 def test_a_signal_while_decoding_leaves_nothing_half_made(tmp_path, store, monkeypatch):
     train, read_tiles = load_train(write_noise(tmp_path), 1), data.read_tiles
 
+    once = threading.Lock()
+
     def signalled(*given):
-        os.kill(os.getpid(), signal.SIGTERM)
+        if once.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGTERM)
         return read_tiles(*given)
 
     monkeypatch.setattr(data, "read_tiles", signalled)
@@ -560,7 +563,7 @@ def test_a_signal_ends_the_wait_for_a_batch_that_never_comes(tmp_path, monkeypat
     monkeypatch.setattr(data, "PATIENCE", 0.1)
     monkeypatch.setattr(data, "read_tiles", lambda *given: time.sleep(100))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with runtime.deferred_signals(), pytest.raises(runtime.Stopped, match="waiting for a file"):
+    with pytest.raises(runtime.Stopped, match="waiting for a file"), runtime.deferred_signals():
         list(data.read_batches(train, [[0], [1]], 2, CPU))
 
 

@@ -3,6 +3,7 @@
 What cannot end well is refused before anything is embedded.
 """
 
+import pickle
 from dataclasses import asdict
 
 import numpy as np
@@ -16,9 +17,10 @@ import data
 import evaluate
 import runtime
 from evaluate import Embedder, rank_by, rank_metrics
-from model import GraFTConfig, build_model
+from model import FUSIONS, GraFTConfig, build_model
 from runtime import UserError
 
+CPU = torch.device("cpu")
 HALF = {"rgb": (0.5, 0.5, 0.5), "tir": (0.4, 0.4, 0.4)}
 
 # --- ranking
@@ -40,7 +42,7 @@ def brute_force(similarity, query_pids, gallery_pids, query_keys, gallery_keys):
     return np.array(found)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_ranking_equals_brute_force(seed, monkeypatch):
     generator = torch.Generator().manual_seed(seed)
 
@@ -96,13 +98,18 @@ def split(tmp_path) -> data.Split:
     return data.Split(samples, ("rgb", "tir"), (16, 32))
 
 
+def make_embedder(fusion="graft", **config) -> Embedder:
+    torch.manual_seed(0)
+    sizes = {"encoder_heads": 2, "encoder_hidden": 32, "fusion": fusion, **config}
+    model = build_model(GraFTConfig(("rgb", "tir"), 3, (16, 32), 16, 32, 1, 2, **sizes))
+    return Embedder(model.eval(), HALF, HALF, CPU, "fp32", 0)
+
+
 @pytest.fixture
 def embedder() -> Embedder:
-    torch.manual_seed(0)
-    sizes = {"encoder_heads": 2, "encoder_hidden": 32, "fusion_tokens": 2}
-    model = build_model(GraFTConfig(("rgb", "tir"), 3, (16, 32), 16, 32, 1, 2, **sizes))
-    torch.nn.init.normal_(model.bottleneck.running_mean)
-    return Embedder(model.eval(), HALF, HALF, torch.device("cpu"), "fp32", 0)
+    embedder = make_embedder(fusion_tokens=2)
+    torch.nn.init.normal_(embedder.model.bottleneck.running_mean)
+    return embedder
 
 
 def test_embeddings_stay_with_their_samples(split, embedder, monkeypatch):
@@ -120,15 +127,18 @@ def test_embeddings_stay_with_their_samples(split, embedder, monkeypatch):
         for name, x in (("fusion", alone.fusion), ("bnneck", bnneck), ("data", alone.data)):
             torch.testing.assert_close(features[name][i], F.normalize(x)[0], atol=1e-5, rtol=0)
     photos = [{m: path for m, (path, _) in s.images.items()} for s in split.samples]
+    opened = [{m: Image.open(path) for m, path in photo.items()} for photo in photos]
     read = [images for images, _, _ in split]
-    for given in (photos, read):
+    for given in (photos, opened, read):
         torch.testing.assert_close(embedder(given), features["data"], atol=1e-5, rtol=0)
     torch.testing.assert_close(embedder(photos[1])[0], features["data"][1], atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="uv"):
         embedder({"uv": photos[0]["rgb"]})
 
 
-def test_neither_order_nor_store_changes_an_embedding(split, embedder):
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_neither_order_nor_store_changes_an_embedding(fusion, split):
+    embedder = make_embedder(fusion, **({"backbone": "resnet18"} if fusion == "hamnet" else {}))
     features = embedder.embed(split)
     stored = data.Split(split.samples, split.modalities, split.image_size, store_gb=1)
     assert embedder.embed(stored).equal(features)
@@ -161,28 +171,50 @@ def test_older_checkpoints_say_in_their_config_what_is_tested(embedder, tmp_path
         ({"test_token": "data"}, {}, "data"),
         ({"bnneck_features": True}, {"precision": "bf16"}, "bnneck"),
         ({}, {"features": "bnneck"}, "bnneck"),
+        ({}, {}, "fusion"),
     ):
         runtime.save_checkpoint(path, content | {"config": config | older, "settings": settings})
         loaded = evaluate.load_embedder(tmp_path, "cpu")  # a run's folder
         assert loaded.features == features
         assert loaded.precision == settings.get("precision", "auto")
-        assert evaluate.load_embedder(path, "cpu", features="fusion").features == "fusion"
+        assert evaluate.load_embedder(path, CPU, features="fusion").features == "fusion"
 
 
 def test_checkpoints_that_are_none(embedder, tmp_path):
-    """Damaged and hostile files are in test_faults.py."""
-    state, config = embedder.model.state_dict(), asdict(embedder.model.config)
-    good = {"config": config, "model": state, "settings": {}, "mean": {}, "std": {}}
-    for content, message in (
-        ([1, 2], "holds a list"),
-        ({"model": state}, "lacks config"),
-        ({**good, "model": {}}, "do not fit"),
-        ({**good, "config": {"wings": 2}}, "wings"),
-        ({**good, "config": {**config, "depth": 30}}, "do not fit"),
-    ):
-        torch.save(content, tmp_path / "file.pt")
+    path = tmp_path / "file.pt"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    def refused(message):
         with pytest.raises(UserError, match=message):
-            evaluate.load_model(tmp_path / "file.pt")
+            evaluate.load_model(path)
+
+    refused("no such file")
+    for content in (b"not a checkpoint", pickle.dumps({"model": Evil()}, 2)):
+        path.write_bytes(content)
+        refused("not a checkpoint")
+    config = {"config": {"modalities": ("rgb",), "dim": 32, "heads": 2}}
+    good = {**config, "model": {}, "settings": {}, "mean": {}, "std": {}}
+    larger = {**asdict(embedder.model.config), "depth": 30}
+    for content, message in (
+        ({"model": Evil()}, "not a checkpoint"),
+        ([1, 2], "holds a list"),
+        ({"model": {}}, "lacks config"),
+        (good, "do not fit"),
+        ({**good, "config": {"wings": 2}}, "wings"),
+        ({**good, "config": larger, "model": embedder.model.state_dict()}, "do not fit"),
+    ):
+        torch.save(content, path)
+        refused(message)
+    assert not (tmp_path / "ran").exists()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    refused("damaged")
+    path.write_bytes(content[:500])
+    refused("not a checkpoint")
 
 
 # --- the program
@@ -219,6 +251,7 @@ def test_mistakes_are_refused_before_anything_is_embedded(trained, tmp_path, mon
         (("--modalities", "uv"), "--modalities uv: the model was trained on rgb,nir,tir"),
         (("--data-root", tmp_path), "synthetic"),
         (("--all-subsets", "--cmc", tmp_path / "x.png"), "no --all-subsets"),
+        (("--features", "wings"), "invalid choice"),
     ):
         assert message in fails(evaluate, trained, *words)
     assert not any(tmp_path.iterdir())
