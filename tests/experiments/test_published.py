@@ -109,7 +109,7 @@ def test_a_run_with_a_slip_is_continued_only_with_it(tiny_data, tmp_path):
     arguments = [*tiny_arguments(tiny_data, out), "--epochs", 1, 0, "--epoch-steps", 1]
     succeeds(published, "rgb-files", *arguments)
     assert read_json(out / "config.json")["slip"] == "rgb-files"
-    assert "the run has slip rgb-files" in fails(train, *arguments, "--resume")
+    assert "trained with another slip" in fails(train, *arguments, "--resume")
     assert "rgb: no such slip; expected one of unzeroed" in fails(published, "rgb", *arguments)
     assert "change nothing; expected a new --out" in fails(published, "unzeroed", *arguments)
     plus = fails(published, "few-anchors", *arguments, "--recipe", "plus")
