@@ -515,7 +515,11 @@ def load_dataset(
         samples = usable(found, split, chosen, split in need or split != "train")
         splits[split] = Split(samples, chosen, image_size, store_gb)
         if split in need and not samples:
-            raise UserError(f"{found.base}: no usable images in {split}; expected {found.example}")
+            why = f"no usable images in {split}; expected {found.example}"
+            if found.samples[split]:
+                why = f"no {split} sample has all of {', '.join(chosen)}: the files of one moment"
+                why += f" must have the same name, as in {found.example}"
+            raise UserError(f"{found.base}: {why}")
         if samples and known not in (0, len(samples)):
             text = f"{split} has {len(samples)} samples, {name} is known to have {known}"
             runtime.warn(f"{found.base}: {text}; going on with what is there")

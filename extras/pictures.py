@@ -66,8 +66,7 @@ def draw(args: argparse.Namespace, embedder: evaluate.Embedder, ranking: evaluat
         sheet(rows, query.modalities, args.attention, ATTENTION)
         print(f"{args.attention}: where the fusion token attends")
     if args.map:
-        from extras import tsne
-
+        tsne = runtime.imported("extras.tsne")  # it draws with this module
         tsne.draw(embedder, ranking.gallery, args.map, args.seed)
         print(f"{args.map}: t-SNE of gallery samples")
 
@@ -366,8 +365,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = runtime.checkpoint_file(args.checkpoint).parent
     if args.html:
-        from extras import page
-
+        page = runtime.imported("extras.page")  # it draws with this module
         print(f"{page.write(args, folder)}: metrics, charts, ranked lists, failures, settings")
     else:
         chart(training_panels(folder), folder / "curves.png")
