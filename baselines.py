@@ -7,7 +7,7 @@ model.py.
 import torch
 from torch import Tensor, nn
 
-from model import Embeddings, GraFTConfig, MultiModalModel, mean
+from model import Embeddings, GraFTConfig, MultiModalModel, average
 
 FIRST = (slice(1),)  # of an encoder's outputs: that of the CLS token alone
 
@@ -70,7 +70,7 @@ class MultiStream(MultiModalModel):
         for modality, image in self.ordered(images).items():
             tokens = self.tokens(self.backbone[modality], image)  # (B, N, D)
             own[modality] = self.encoders[modality](tokens, FIRST)[:, 0].float()
-        embedding = mean(own)
+        embedding = average(own)
         return Embeddings(embedding, embedding, own, own)
 
 
@@ -100,5 +100,5 @@ class LateFusion(MultiModalModel):
 
     def forward(self, images: dict[str, Tensor]) -> Embeddings:
         own = {name: tokens[:, 0].float() for name, tokens in self.extract(images).items()}
-        embedding = mean(own)
+        embedding = average(own)
         return Embeddings(embedding, embedding, own, own)

@@ -277,7 +277,7 @@ def check_heads(sample: Sample) -> None:
             pass
 
 
-def in_order(work: Callable, items: list, threads: int) -> Iterator:
+def ahead(work: Callable, items: list, threads: int) -> Iterator:
     """work(item) of each item, in order, by threads that are ahead by two items each; 0: by none.
 
     Threads do: decoding and resizing release Python's lock. A signal ends the wait for an item that
@@ -304,10 +304,10 @@ def in_order(work: Callable, items: list, threads: int) -> Iterator:
 
 
 def in_threads(work: Callable, items: list, doing: str) -> Iterator:
-    """in_order by all cores, with a bar; a signal ends it at once. Raises runtime.Stopped."""
+    """`ahead` by all cores, with a bar; a signal ends it at once. Raises runtime.Stopped."""
     with (
         runtime.deferred_signals(),
-        closing(in_order(work, items, runtime.num_cores())) as results,
+        closing(ahead(work, items, runtime.num_cores())) as results,
         tqdm(total=len(items), desc=doing, leave=False, disable=None) as bar,
     ):
         for result in results:
@@ -428,7 +428,7 @@ def read_batches(
 
     def reading() -> Iterator[dict[str, Tensor]]:
         threads = 0 if stored else min(workers, len(batches))
-        for images, sent in in_order(send, batches, max(threads, int(cuda))):
+        for images, sent in ahead(send, batches, max(threads, int(cuda))):
             if cuda:
                 work = torch.cuda.current_stream(device)
                 work.wait_event(sent)
@@ -480,13 +480,6 @@ class Found(NamedTuple):
     samples: dict[str, list[Sample]]  # by split
     not_taken: dict[str, str]  # what is no sample, and why
 
-    def choose(self, modalities: tuple[str, ...] | None) -> tuple[str, ...]:
-        """These modalities in the data set's order, or all."""
-        if unknown := {*(modalities or ())} - {*self.modalities}:
-            unknown, known = ", ".join(sorted(unknown)), ",".join(self.modalities)
-            raise UserError(f"{self.base}: no modality {unknown}; expected some of {known}")
-        return tuple(m for m in self.modalities if m in (modalities or self.modalities))
-
     def describe(self) -> str:
         """How many files of the data set were not taken, and why the first were not; or ""."""
         files = [f"{path} ({why})" for path, why in self.not_taken.items() if why != BESIDE]
@@ -506,7 +499,7 @@ def load_dataset(
     Raises UserError where a split is empty.
     """
     found = find(name, Path(root), render)
-    chosen = found.choose(modalities)
+    chosen = runtime.in_order(modalities or found.modalities, found.modalities, str(found.base))
     if text := found.describe():
         runtime.warn(f"{found.base}: {text}")
     splits, facts = {}, DATASETS[name]

@@ -410,18 +410,10 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Embedder, data.Dataset]:
     for name in options:
         setattr(args, name, getattr(embedder, name))
     config = embedder.model.config
-    args.modalities = in_order(args.modalities, config)
+    args.modalities = runtime.in_order(args.modalities, config.modalities, "the model")
     runtime.print0(f"settings: {as_typed(args)}")
     source = (args.dataset, args.data_root, args.modalities, config.image_size, args.store)
     return embedder, data.load_dataset(*source, need=("query", "gallery"))
-
-
-def in_order(names: tuple[str, ...], config: GraFTConfig) -> tuple[str, ...]:
-    """Modalities in the model's order. Raises UserError for one that it was not trained on."""
-    if unknown := [name for name in names if name not in config.modalities]:
-        trained = ",".join(config.modalities)
-        raise UserError(f"--modalities {','.join(unknown)}: the model was trained on {trained}")
-    return tuple(name for name in config.modalities if name in names)
 
 
 def as_typed(args: argparse.Namespace) -> str:

@@ -151,9 +151,9 @@ class GraFTLoss(nn.Module):
     ) -> Tensor:
         """Mean of triplet loss and cross-entropy on each modality's own tokens; ours."""
         losses = []
-        for modality, fusion in embeddings.own.items():
+        for modality, fusion in embeddings.fusion_of.items():
             logits = self.heads[modality](fusion[: len(labels)])
-            triplet = self.triplet(fusion, embeddings.own_data[modality], labels, rows)
+            triplet = self.triplet(fusion, embeddings.data_of[modality], labels, rows)
             losses.append(self.alpha * triplet + self.gamma * self.cross_entropy(logits, labels))
         return torch.stack(losses).mean()
 

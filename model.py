@@ -338,14 +338,14 @@ TEST_TIME = ("test_token", "bnneck_features")
 class Embeddings(NamedTuple):
     """`fusion` is the embedding, Eq. (7); `data` the sampled data token, Eq. (12); float32.
 
-    `own` and `own_data` are each modality's own tokens, (B, L * D), whose means they are; empty for
-    fusions that have none.
+    `fusion_of` and `data_of` hold the tokens of each modality, of which these are the means; empty
+    for fusions that have none.
     """
 
     fusion: Tensor  # (B, L * D)
     data: Tensor  # (B, L * D)
-    own: dict[str, Tensor] = {}  # noqa: RUF012
-    own_data: dict[str, Tensor] = {}  # noqa: RUF012
+    fusion_of: dict[str, Tensor] = {}  # noqa: RUF012
+    data_of: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class MultiModalModel(nn.Module):
@@ -364,11 +364,9 @@ class MultiModalModel(nn.Module):
         raise NotImplementedError
 
     def ordered(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The images in the model's order. Raises ValueError for none, or an unknown modality."""
-        if not images or images.keys() - set(self.config.modalities):
-            given, expected = ", ".join(images) or "none", ", ".join(self.config.modalities)
-            raise ValueError(f"modalities {given}: the model has {expected}")
-        return {name: images[name] for name in self.config.modalities if name in images}
+        """The images in the model's order. Raises UserError for none, or an unknown modality."""
+        known = self.config.modalities
+        return {name: images[name] for name in runtime.in_order(images, known, "the model")}
 
     def new_backbone(self, channels: int = 3) -> Backbone:
         c = self.config
@@ -462,7 +460,7 @@ class GraFT(MultiModalModel):
             z = self.encoders[modality](tokens, self.keep).float()  # Eq. (4): (B, 2 * L, D)
             fusion[modality] = z[:, :L].flatten(1)  # Eq. (5): (B, L * D)
             data[modality] = z[:, L:].flatten(1)  # Eq. (11)
-        return Embeddings(mean(fusion), mean(data), fusion, data)  # Eq. (6), (7); (12)
+        return Embeddings(average(fusion), average(data), fusion, data)  # Eq. (6), (7); (12)
 
     @torch.no_grad()
     def attention(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -481,9 +479,9 @@ class GraFT(MultiModalModel):
         return maps
 
 
-def mean(own: dict[str, Tensor]) -> Tensor:
+def average(tokens: dict[str, Tensor]) -> Tensor:
     """Mean over the modalities at hand, (B, D) each."""
-    return torch.stack(list(own.values())).mean(0)
+    return torch.stack(list(tokens.values())).mean(0)
 
 
 def new_head(width: int, num_ids: int) -> tuple["SyncBatchNorm1d", nn.Linear]:

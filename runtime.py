@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.dummy import DummyProcess
@@ -161,6 +162,15 @@ def _number(kind: type, low: float, high: float, text: str):
     noun = "a whole number" if kind is int else "a number"
     bounds = f" from {low} to {high}" if high < 2**62 else f" of at least {low}"
     raise argparse.ArgumentTypeError(f"expected {noun}{bounds}, not {text}")
+
+
+def in_order(chosen: Iterable[str], known: tuple[str, ...], owner: str) -> tuple[str, ...]:
+    """The chosen modalities in the order of the known ones. Raises UserError for none or others."""
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        found = f"has no modality {', '.join(unknown)}" if unknown else "was given no modality"
+        raise UserError(f"{owner} {found}; expected some of {','.join(known)}")
+    return tuple(name for name in known if name in chosen)
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -189,9 +189,9 @@ class HAMNet(MultiModalModel):
 
     def losses(self, embeddings: ScoredEmbeddings, labels: Tensor, criterion, rows) -> dict:
         """Cross-entropy and triplets of each modality and of the fused scores; their coherence."""
-        logits = [self.classifier(features) for features in embeddings.own.values()]
+        logits = [self.classifier(features) for features in embeddings.fusion_of.values()]
         # The fused scores are features and logits at once
-        features = [*embeddings.own.values(), embeddings.scores]
+        features = [*embeddings.fusion_of.values(), embeddings.scores]
         parts = [
             criterion(Embeddings(x, x), classes[: len(labels)], labels, rows)
             for x, classes in zip(features, [*logits, embeddings.scores], strict=True)

@@ -47,7 +47,11 @@ def main() -> None:
     args = parser.parse_args()
     runtime.check_output(args.contact_sheet, "--contact-sheet", (".jpg", ".jpeg", ".png"))
     found = data.find(args.dataset, args.data_root)
-    splits, lines = check(found, args.dataset, found.choose(args.modalities))
+    splits, lines = check(
+        found,
+        args.dataset,
+        runtime.in_order(args.modalities or found.modalities, found.modalities, str(found.base)),
+    )
     if args.contact_sheet:
         contact_sheet(splits["train"], args.contact_sheet)
         print(f"{args.contact_sheet}: some identities of train by some cameras")

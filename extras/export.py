@@ -140,7 +140,9 @@ def main() -> None:
     options = {"precision": "fp32", "workers": 0, "features": args.features}
     embedder = evaluate.load_embedder(args.checkpoint, "cpu", **options)
     config = embedder.model.requires_grad_(False).config
-    modalities = evaluate.in_order(args.modalities or config.modalities, config)
+    modalities = runtime.in_order(
+        args.modalities or config.modalities, config.modalities, "the model"
+    )
     exported = Exported(embedder, modalities)
     with torch.no_grad():
         expected = [exported(*random_images(exported, size)) for size in BATCH_SIZES]

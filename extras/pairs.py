@@ -44,7 +44,7 @@ def main() -> None:
     for name in ("query", "gallery"):
         given, split = getattr(args, f"{name}_modalities"), getattr(dataset, name)
         if given:
-            evaluate.in_order(given, embedder.model.config)
+            runtime.in_order(given, embedder.model.config.modalities, "the model")
         subsets = [given] if given else evaluate.subsets(args.modalities)
         sides[name] = [split.restricted(subset) for subset in subsets]
     for query in sides["query"]:

@@ -146,8 +146,8 @@ def test_graft_is_the_papers_figure(L, index):
     out = graft(images)
     torch.testing.assert_close(out.fusion, sum(fusion) / 3, atol=1e-5, rtol=0)
     torch.testing.assert_close(out.data, sum(data) / 3, atol=1e-5, rtol=0)
-    torch.testing.assert_close(out.own["tir"], fusion[2], atol=1e-5, rtol=0)
-    torch.testing.assert_close(out.own_data["nir"], data[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.fusion_of["tir"], fusion[2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.data_of["nir"], data[1], atol=1e-5, rtol=0)
     assert out.fusion.shape == (3, L * 32)
     assert graft.classify(out.fusion).shape == (3, 5)
 

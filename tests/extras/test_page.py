@@ -67,7 +67,7 @@ def test_mistakes_in_a_page_give_one_line(trained, tmp_path):
     for name in ("log.jsonl", "config.json"):
         shutil.copy(trained / name, tmp_path)
     assert "last.pt: no such file" in fails(pictures, tmp_path, "--html")
-    assert "trained on rgb,nir,tir" in fails(pictures, trained, "--html", "--modalities", "xray")
+    assert "no modality xray" in fails(pictures, trained, "--html", "--modalities", "xray")
     assert not (tmp_path / "report.html").exists()
 
 

@@ -27,7 +27,7 @@ def test_the_diagonal_is_what_evaluate_gives_for_the_subset(trained, tmp_path):
 
 
 def test_mistakes_give_one_line(trained, tmp_path):
-    assert "trained on rgb,nir,tir" in fails(pairs, trained, "--query-modalities", "uv")
+    assert "no modality uv" in fails(pairs, trained, "--query-modalities", "uv")
     assert "expected a file in" in fails(pairs, trained, "--json", tmp_path / "no" / "x.json")
 
 
