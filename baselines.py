@@ -13,7 +13,7 @@ FIRST = (slice(1),)  # of an encoder's outputs: that of the CLS token alone
 
 
 class VanillaFusion(MultiModalModel):
-    """The tokens of all modalities, concatenated, through one encoder layer."""
+    """The tokens of all modalities, concatenated, pass one encoder; a subclass has `encode`."""
 
     def __init__(self, config: GraFTConfig):
         super().__init__(config, config.dim)
@@ -22,38 +22,33 @@ class VanillaFusion(MultiModalModel):
 
     def forward(self, images: dict[str, Tensor]) -> Embeddings:
         tokens = torch.cat(list(self.extract(images).values()), 1)  # (B, M * N, D)
-        embedding = self.take(tokens)
+        embedding = self.encode(tokens)  # (B, D)
         return Embeddings(embedding, embedding)
 
-    def take(self, tokens: Tensor) -> Tensor:
-        """The embedding, (B, D), from the tokens before the encoder."""
-        raise NotImplementedError
+
+class FirstCLS(VanillaFusion):
+    """The embedding is the first modality's CLS token, as in the published code."""
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        return self.encoder(tokens, FIRST)[:, 0].float()
 
 
-class NewCLS(VanillaFusion):
-    """A learnable token of its own, as the paper's text says."""
+class NewCLS(FirstCLS):
+    """The embedding is a learnable token before all others, as the paper's text says."""
 
     def __init__(self, config: GraFTConfig):
         super().__init__(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
         nn.init.xavier_uniform_(self.cls_token[0])
 
-    def take(self, tokens: Tensor) -> Tensor:
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
-        return self.encoder(tokens, FIRST)[:, 0].float()
-
-
-class FirstCLS(VanillaFusion):
-    """The first modality's own CLS token, as the published code takes it."""
-
-    def take(self, tokens: Tensor) -> Tensor:
-        return self.encoder(tokens, FIRST)[:, 0].float()
+    def encode(self, tokens: Tensor) -> Tensor:
+        return super().encode(torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1))
 
 
 class AveragedTokens(VanillaFusion):
-    """The mean of all tokens."""
+    """The embedding is the mean of all tokens."""
 
-    def take(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor) -> Tensor:
         return self.encoder(tokens).float().mean(1)
 
 
@@ -66,12 +61,12 @@ class MultiStream(MultiModalModel):
         self.encoders = nn.ModuleDict({name: self.new_encoder() for name in config.modalities})
 
     def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        own = {}
+        streams = {}
         for modality, image in self.ordered(images).items():
             tokens = self.tokens(self.backbone[modality], image)  # (B, N, D)
-            own[modality] = self.encoders[modality](tokens, FIRST)[:, 0].float()
-        embedding = average(own)
-        return Embeddings(embedding, embedding, own, own)
+            streams[modality] = self.encoders[modality](tokens, FIRST)[:, 0].float()
+        embedding = average(streams)
+        return Embeddings(embedding, embedding, streams, streams)
 
 
 class EarlyFusion(MultiModalModel):
@@ -99,6 +94,6 @@ class LateFusion(MultiModalModel):
         self.backbone = self.new_backbone()
 
     def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        own = {name: tokens[:, 0].float() for name, tokens in self.extract(images).items()}
-        embedding = average(own)
-        return Embeddings(embedding, embedding, own, own)
+        streams = {name: tokens[:, 0].float() for name, tokens in self.extract(images).items()}
+        embedding = average(streams)
+        return Embeddings(embedding, embedding, streams, streams)

@@ -1,8 +1,12 @@
 """GraFT's losses (section 4): soft-margin triplets over fusion and data tokens, center loss, sum.
 
 A batch holds the anchors of B triplets, then their positives, then their negatives: N = 3B samples.
-With `--triplet hardest` it holds some samples of each of some identities, in no roles. On several
-ranks each sees its share of both; `rows` says how many samples each rank holds.
+With `--triplet hardest` it holds several samples of each of its identities, and roles mean nothing.
+Labels are those of the anchors (B,), or with `--cross-entropy all` of all samples (N,).
+
+On several ranks this is one rank's share. A loss is the mean over the share, and train.py weighs
+the shares by their triplets. `rank_sizes` holds the number of samples of each rank, for a loss over
+all ranks' samples (see `triplet`).
 
 Shapes: B triplets, N samples, D width of an embedding, C identities. All in float32.
 """
@@ -45,8 +49,8 @@ def triplet_hardest(
     """The same loss for each sample of a batch, with its farthest positive and nearest negative.
 
     features (N, D), labels (N,). Not the paper's: Hermans et al. 2017, for `--recipe plus`, and for
-    HAMNet, which takes a hard `margin`: max(0, d(a, p) - d(a, n) + margin). A sample without a
-    positive or without a negative in the batch is left out.
+    HAMNet, which takes a hard `margin`: max(0, d(a, p) - d(a, n) + margin). The mean is over the
+    samples that have a positive and a negative in the batch.
     """
     features = features.float()
     # Not by matrix products: they lose the small distances, and their gradient at 0 is NaN
@@ -54,25 +58,25 @@ def triplet_hardest(
     pairs = pairs.square() if squared else pairs
     same = labels[:, None] == labels
     positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    counted = positive.any(1) & ~same.all(1)
+    # A sample without one of the two has a gap of -inf: its loss and its gradient are 0
     farthest = pairs.masked_fill(~positive, -torch.inf).amax(1)
     nearest = pairs.masked_fill(same, torch.inf).amin(1)
-    gap = torch.where(counted, farthest - nearest, -torch.inf)  # softplus(-inf) = relu(-inf) = 0
+    gap = farthest - nearest
     losses = F.softplus(gap) if margin is None else F.relu(gap + margin)
-    return losses.sum() / counted.sum().clamp(min=1)
+    count = (positive.any(1) & ~same.all(1)).sum()
+    return losses.sum() / count.clamp(min=1)
 
 
 class CenterLoss(nn.Module):
     """Center loss, Eq. (9): distance of each embedding (B, D) from its identity's centroid.
 
-    Mean over the batch of the squared distance (Wen et al. 2016; published code), or of the norm
-    that Eq. (9) prints (`squared=False`); see D4. The learned `centers` (C, D) are all zero until
-    `start_at_means` puts them where the identities are.
+    Mean over the batch of the squared distance (Wen et al. 2016; published code), where Eq. (9)
+    prints the norm; see D4. The learned `centers` (C, D) are all zero until `start_at_means` puts
+    them where the identities are.
     """
 
-    def __init__(self, num_ids: int, dim: int, squared: bool = True):
+    def __init__(self, num_ids: int, dim: int):
         super().__init__()
-        self.squared = squared
         self.centers = nn.Parameter(torch.zeros(num_ids, dim))
 
     @property
@@ -88,7 +92,7 @@ class CenterLoss(nn.Module):
         self.centers.copy_(total / count[:, None])
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return distance(features, self.centers[labels], self.squared).mean()
+        return distance(features, self.centers[labels], squared=True).mean()
 
 
 class GraFTLoss(nn.Module):
@@ -106,15 +110,11 @@ class GraFTLoss(nn.Module):
         dim: int,
         scheme: str = "FFD",
         squared: bool = True,
-        center_squared: bool = True,
         modalities: tuple[str, ...] = (),
     ):
         super().__init__()
-        if scheme not in (*SCHEMES, "hardest"):
-            expected = ", ".join((*SCHEMES, "hardest"))
-            raise ValueError(f"triplet scheme {scheme!r}: expected one of {expected}")
         self.scheme, self.squared, self.margin = scheme, squared, None
-        self.center = CenterLoss(num_ids, dim, center_squared)
+        self.center = CenterLoss(num_ids, dim)
         heads = {name: nn.Sequential(*new_head(dim, num_ids)) for name in modalities}
         self.heads, self.modality_weight = nn.ModuleDict(heads), 1.0
         self.weights(alpha=0.5, beta=0.0, gamma=0.5, label_smoothing=0.0)
@@ -126,47 +126,42 @@ class GraFTLoss(nn.Module):
         self.center.requires_grad_(beta > 0)
 
     def forward(
-        self, embeddings: Embeddings, logits: Tensor, labels: Tensor, rows: tuple[int, ...] = ()
+        self, embeddings: Embeddings, logits: Tensor, labels: Tensor, rank_sizes=()
     ) -> dict[str, Tensor]:
         """Scalars: `loss`, the sum that trains, and its terms before they are weighted.
 
-        embeddings of N samples; logits (K, C) and labels (K,) of the first K of them: the anchors,
-        or all.
+        embeddings of N samples; logits (K, C) and labels (K,) of the anchors, K = B, or of all.
         """
-        triplet = self.triplet(embeddings.fusion, embeddings.data, labels, rows)
+        triplet = self.triplet(embeddings.fusion, embeddings.data, labels, rank_sizes)
         cross_entropy = self.cross_entropy(logits, labels)
         center = logits.new_zeros(())
         if self.beta:
             center = self.center(embeddings.fusion[: len(labels)], labels)
-        loss = self.alpha * triplet + self.beta * center  # Eq. (10)
-        loss = loss + self.gamma * cross_entropy
+        # Eq. (10)
+        loss = self.alpha * triplet + self.beta * center + self.gamma * cross_entropy
         terms = {"triplet": triplet, "cross_entropy": cross_entropy, "center": center}
         if self.heads:
-            terms["modality"] = self.of_modalities(embeddings, labels, rows)
+            terms["modality"] = self.of_modalities(embeddings, labels, rank_sizes)
             loss = loss + self.modality_weight * terms["modality"]
         return {"loss": loss, **terms}
 
-    def of_modalities(
-        self, embeddings: Embeddings, labels: Tensor, rows: tuple[int, ...]
-    ) -> Tensor:
+    def of_modalities(self, embeddings: Embeddings, labels: Tensor, rank_sizes=()) -> Tensor:
         """Mean of triplet loss and cross-entropy on each modality's own tokens; ours."""
         losses = []
         for modality, fusion in embeddings.fusion_of.items():
             logits = self.heads[modality](fusion[: len(labels)])
-            triplet = self.triplet(fusion, embeddings.data_of[modality], labels, rows)
+            triplet = self.triplet(fusion, embeddings.data_of[modality], labels, rank_sizes)
             losses.append(self.alpha * triplet + self.gamma * self.cross_entropy(logits, labels))
         return torch.stack(losses).mean()
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
 
-    def triplet(
-        self, fusion: Tensor, data: Tensor, labels: Tensor, rows: tuple[int, ...]
-    ) -> Tensor:
+    def triplet(self, fusion: Tensor, data: Tensor, labels: Tensor, rank_sizes) -> Tensor:
         """Eq. (8) on the scheme's tokens, or on the hardest triplets of all ranks' samples."""
         if self.scheme == "hardest":
-            features = runtime.all_rows(fusion, rows)
-            labels = runtime.all_rows(labels, rows)
+            features = runtime.all_rows(fusion, rank_sizes)
+            labels = runtime.all_rows(labels, rank_sizes)
             return triplet_hardest(features, labels, self.squared, self.margin)
         tokens = {"F": fusion.chunk(3), "D": data.chunk(3)}  # anchors, positives, negatives
         roles = [tokens[token][role] for role, token in enumerate(self.scheme)]

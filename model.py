@@ -4,6 +4,7 @@ Read it from `GraFT.forward`, which is Fig. 3. Shapes: B samples, M modalities, 
 modality, D width, L fusion tokens, C identities, H heads, P patch size.
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -81,30 +82,22 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """What is pretrained, and frozen or trained as a whole."""
+    """What is pretrained, and frozen or trained as a whole.
+
+    A subclass has `load(path)`, which reads pretrained weights strictly and returns the names of
+    those left out (classifiers), and `prunable()`, the layers that section 5.4 prunes.
+    """
 
     frozen = False
     mean_std: tuple | None = None  # three floats each, where the weights demand a normalisation
 
     def freeze(self, frozen: bool) -> None:
-        """A frozen backbone has neither gradients nor a graph; `train` leaves it in eval mode."""
+        """Without gradients torch keeps no graph of it, so stage 1 costs what the encoders cost."""
         self.frozen = frozen
         self.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(mode and not self.frozen)
-
-    def graph_if_trained(self):
-        """Context of a forward pass: frozen, stage 1 has the memory and time of the encoders."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)
-
-    def load(self, path: str | Path) -> list[str]:
-        """Load pretrained weights strictly; returns the names of those left out: heads."""
-        raise NotImplementedError
-
-    def prunable(self) -> list[nn.Module]:
-        """The layers whose weights are pruned (section 5.4)."""
-        raise NotImplementedError
 
 
 class ViT(Backbone):
@@ -159,17 +152,16 @@ class ViT(Backbone):
         if images.shape[-2:] != self.image_size:
             found = tuple(images.shape[-2:])
             raise ValueError(f"images of {found}: the model takes {self.image_size}")
-        with self.graph_if_trained():
-            tokens = (self.cls_token, self.dist_token)
-            prefix = [token.expand(len(images), -1, -1) for token in tokens if token is not None]
-            x = torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed  # (B, N, D)
-            # After the positions are added, so that a patch that stays knows where it was
-            if patch_dropout:
-                prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
-                x = torch.cat([prefix, random_patches(patches, 1 - patch_dropout)], 1)
-            for block in self.blocks:
-                x = block(x)
-            return self.norm(x)  # Eq. (2)
+        tokens = (self.cls_token, self.dist_token)
+        prefix = [token.expand(len(images), -1, -1) for token in tokens if token is not None]
+        x = torch.cat([*prefix, self.patch_embed(images)], 1) + self.pos_embed  # (B, N, D)
+        # After the positions are added, so that a patch that stays knows where it was
+        if patch_dropout:
+            prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
+            x = torch.cat([prefix, random_patches(patches, 1 - patch_dropout)], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)  # Eq. (2)
 
     def prunable(self) -> list[nn.Module]:
         names = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -179,30 +171,31 @@ class ViT(Backbone):
         """Read DeiT's release ("pretrained" fetches DeiT-B's), timm's names, or a run of ours."""
         if str(path) == "pretrained":
             path = fetch_deit(self)
-        state, dropped, image_size = read_state(path)
-        P = self.patch_embed.proj.kernel_size[0]
-        old = tuple(side // P for side in image_size) if image_size else None
+        state, image_size = read_state(path)
         if "pos_embed" in state:
-            state["pos_embed"] = resize_pos_embed(
-                state["pos_embed"], self.prefix_tokens, old, self.grid
-            )
-        stacked = self.patch_embed.proj.in_channels // 3
-        if stacked > 1 and "patch_embed.proj.weight" in state:
-            # Early fusion stacks the modalities as channels: each starts with its share
-            weight = state["patch_embed.proj.weight"]
-            state["patch_embed.proj.weight"] = weight.repeat(1, stacked, 1, 1) / stacked
-        load_strictly(self, state, path)
-        return dropped
+            positions, prefix = state["pos_embed"], self.prefix_tokens
+            side = math.isqrt(max(0, positions.shape[1] - prefix))
+            grid = (side, side)  # released files are of square images
+            if image_size:
+                P = self.patch_embed.proj.kernel_size[0]
+                grid = (image_size[0] // P, image_size[1] // P)
+            state["pos_embed"] = resize_pos_embed(positions, prefix, grid, self.grid)
+        M = self.patch_embed.proj.in_channels // 3
+        if M > 1 and "patch_embed.proj.weight" in state:
+            # Early fusion stacks M modalities as channels: each starts with its share of the weight
+            weight = state["patch_embed.proj.weight"]  # (D, 3, P, P)
+            state["patch_embed.proj.weight"] = weight.repeat(1, M, 1, 1) / M
+        return load_strictly(self, state, path, heads=("head.", "head_dist."))
 
 
 def check_patches(image_size: tuple[int, int], patch_size: int) -> None:
-    """Raise UserError where patches do not fill an image (height, width)."""
-    if any(side < patch_size or side % patch_size for side in image_size):
+    """Raise UserError for an image size (height, width) that is not whole patches."""
+    if any(side % patch_size for side in image_size):
         size = "x".join(map(str, image_size))
         nearest = " ".join(str(max(1, round(n / patch_size)) * patch_size) for n in image_size)
         raise UserError(
-            f"image size {size}: patches of {patch_size} pixels do not fill it;"
-            f" the nearest size that they fill is --image-size {nearest}"
+            f"image size {size}: expected multiples of the patch size, {patch_size};"
+            f" the nearest are --image-size {nearest}"
         )
 
 
@@ -217,64 +210,34 @@ def random_patches(patches: Tensor, share: float) -> Tensor:
 # --- modality encoder (sections 3.1, 5.2)
 
 
-class SelfAttention(nn.Module):
-    """torch.nn.MultiheadAttention by its parameter names, with chosen tokens as queries.
+class ModalityEncoder(nn.TransformerEncoderLayer):
+    """torch's transformer encoder layer (post-norm, ReLU), (B, N, D) -> (B, N, D).
 
-    queries (B, Q, D), some of the tokens (B, N, D) -> (B, Q, D).
-    """
-
-    def __init__(self, dim: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def project(self, queries: Tensor, tokens: Tensor) -> list[Tensor]:
-        """Queries, keys and values of each head, (B, H, Q or N, D/H)."""
-        D = tokens.shape[-1]
-        q = F.linear(queries, self.in_proj_weight[:D], self.in_proj_bias[:D])
-        k, v = F.linear(tokens, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, -1)
-        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)]
-
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        q, k, v = self.project(queries, tokens)
-        x = attend(q, k, v, self.dropout if self.training else 0.0)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
-
-    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """How much each query attends to each token: (B, H, Q, N), rows add up to 1."""
-        q, k, _ = self.project(queries, tokens)
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
-
-
-class ModalityEncoder(nn.Module):
-    """One torch.nn.TransformerEncoderLayer (post-norm, ReLU): its parameter names and maths.
-
-    (B, N, D) -> (B, N, D). With `keep`, slices of the tokens, only those tokens' outputs are
-    computed, one slice after the other. They still attend to all tokens, so they are what the whole
-    layer would give. The losses see two of some 200 tokens: leaving the others out saves most of
-    the layer's work.
+    With `keep`, slices of the tokens, only those tokens' outputs are computed, one slice after the
+    other. They still attend to all tokens, so they are what the whole layer would give. The losses
+    see two of some 200 tokens: leaving the others out saves most of the layer's work.
     """
 
     def __init__(self, dim: int = 768, heads: int = 8, hidden: int = 2048, dropout: float = 0.1):
-        super().__init__()
         if dim % heads:
             raise UserError(f"width {dim}: {heads} encoder heads do not divide it")
-        self.self_attn = SelfAttention(dim, heads, dropout)
-        self.linear1 = nn.Linear(dim, hidden)
-        self.linear2 = nn.Linear(hidden, dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        super().__init__(dim, heads, hidden, dropout, batch_first=True)
 
     def forward(self, tokens: Tensor, keep: tuple[slice, ...] = (slice(None),)) -> Tensor:
-        x = torch.cat([tokens[:, part] for part in keep], 1)
-        x = self.norm1(x + self.dropout(self.self_attn(x, tokens)))
+        x = torch.cat([tokens[:, part] for part in keep], 1)  # (B, Q, D), Q of the N tokens
+        x = self.norm1(x + self.dropout1(self.attention(x, tokens)))
         hidden = self.dropout(F.relu(self.linear1(x)))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        return self.norm2(x + self.dropout2(self.linear2(hidden)))
+
+    def attention(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """self_attn(queries, tokens, tokens) by `attend`: (B, Q, D), (B, N, D) -> (B, Q, D)."""
+        layer, D = self.self_attn, tokens.shape[-1]
+        weight, bias, heads = layer.in_proj_weight, layer.in_proj_bias, (layer.num_heads, -1)
+        q = F.linear(queries, weight[:D], bias[:D])
+        k, v = F.linear(tokens, weight[D:], bias[D:]).chunk(2, -1)
+        q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D/H)
+        x = attend(q, k, v, layer.dropout if self.training else 0.0)
+        return layer.out_proj(x.transpose(1, 2).flatten(2))
 
 
 # --- GraFT (sections 3.3, 3.4; Fig. 3)
@@ -301,39 +264,6 @@ class GraFTConfig:
     blocks: tuple[tuple[int, int], ...] = ()  # of a pruned ViT: heads, MLP channels of each block
     backbone: str = "vit"  # DeiT's; or timm:NAME, or HAMNet's resnet18 and resnet50
 
-    @classmethod
-    def from_dict(cls, stored: dict) -> "GraFTConfig":
-        """The config in a checkpoint file, which may be older than this version, or a stranger's.
-
-        Raises UserError for what this version's models do not have, or for sizes that would take
-        long to build before their weights are looked for.
-        """
-        stored = dict(stored)
-        if layers := stored.pop("resnet", 0):
-            stored["backbone"] = f"resnet{layers}"
-        for name, default in OLD_FIELDS.items():
-            if stored.pop(name, default) != default:
-                raise UserError(
-                    f"{name}: a backbone of an older version; train it as --backbone timm:NAME"
-                )
-        config = cls(**{name: value for name, value in stored.items() if name not in TEST_TIME})
-        for field in fields(cls):
-            value, kind = getattr(config, field.name), type(field.default)
-            if type(value) is not kind:
-                raise UserError(f"{field.name} {value!r}: expected a {kind.__name__}")
-        counts = (config.depth, config.fusion_tokens, len(config.modalities), len(config.blocks))
-        if max(counts) > 1000:
-            raise UserError(f"{max(counts)} blocks, fusion tokens or modalities: at most 1000")
-        return config
-
-
-# Of checkpoints before timm's backbones, with DeiT's values; and what was never the model's
-OLD_FIELDS = {
-    "pre_norm": False, "activation": "gelu", "norm_eps": 1e-6, "layer_scale": False,
-    "registers": 0, "embed_class": True,
-}  # fmt: skip
-TEST_TIME = ("test_token", "bnneck_features")
-
 
 class Embeddings(NamedTuple):
     """`fusion` is the embedding, Eq. (7); `data` the sampled data token, Eq. (12); float32.
@@ -351,7 +281,8 @@ class Embeddings(NamedTuple):
 class MultiModalModel(nn.Module):
     """What GraFT and its baselines share: backbone, BNNeck, classifier.
 
-    model({modality: (B, 3, H, W)}) -> Embeddings, from any of its modalities, whatever their order.
+    A subclass has `forward`: {modality: (B, 3, H, W)} -> Embeddings, from any of the model's
+    modalities, whatever their order.
     """
 
     def __init__(self, config: GraFTConfig, width: int):
@@ -359,9 +290,6 @@ class MultiModalModel(nn.Module):
         self.config, self.width = config, width
         self.patch_dropout = 0.0  # share of the patches that a training step leaves out, see ViT
         self.bottleneck, self.classifier = new_head(width, config.num_ids)
-
-    def forward(self, images: dict[str, Tensor]) -> Embeddings:
-        raise NotImplementedError
 
     def ordered(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """The images in the model's order. Raises UserError for none, or an unknown modality."""
@@ -393,8 +321,8 @@ class MultiModalModel(nn.Module):
         # All modalities, of anchors, positives and negatives alike, in one batch
         tokens = self.tokens(self.backbone, torch.cat(list(images.values())))  # (M * B, N, D)
         # Not chunk, whose sizes torch.export would fix
-        own = tokens.unflatten(0, (len(images), -1)).unbind()  # M x (B, N, D)
-        return dict(zip(images, own, strict=True))
+        tokens = tokens.unflatten(0, (len(images), -1))  # (M, B, N, D)
+        return dict(zip(images, tokens.unbind(), strict=True))
 
     def classify(self, fusion: Tensor) -> Tensor:
         """Logits (B, C) of fusion embeddings (B, L * D), behind the BNNeck; in float32."""
@@ -404,15 +332,14 @@ class MultiModalModel(nn.Module):
             return self.classifier(self.bottleneck(fusion.float()))
 
     def losses(
-        self, embeddings: Embeddings, labels: Tensor, criterion: nn.Module, rows: tuple[int, ...]
+        self, embeddings: Embeddings, labels: Tensor, criterion: nn.Module, rank_sizes=()
     ) -> dict[str, Tensor]:
-        """`criterion` of the embeddings and of the logits of the samples that have labels.
+        """The losses of a batch, as `criterion` names them; losses.py says what a batch holds.
 
-        Labels are those of the first samples, the anchors, or of all. Only what is classified
-        passes the BNNeck, so its statistics are those samples' alone.
+        Only samples with labels are classified, so the BNNeck's statistics are theirs alone.
         """
         logits = self.classify(embeddings.fusion[: len(labels)])
-        return criterion(embeddings, logits, labels, rows)
+        return criterion(embeddings, logits, labels, rank_sizes)
 
     @property
     def backbones(self) -> list[Backbone]:
@@ -422,7 +349,7 @@ class MultiModalModel(nn.Module):
         """Stage 1 trains on a frozen backbone (section 4.1)."""
         for backbone in self.backbones:
             backbone.freeze(frozen)
-        self.train(self.training)
+        self.train(self.training)  # a frozen backbone goes to eval mode
 
     def num_parameters(self, nonzero: bool = False) -> int:
         """Parameters of what makes the embedding: without BNNeck and classifier."""
@@ -435,21 +362,18 @@ class GraFT(MultiModalModel):
     """L fusion tokens pass each modality's own encoder beside its data tokens (Fig. 3)."""
 
     def __init__(self, config: GraFTConfig):
-        L, D, first = config.fusion_tokens, config.dim, config.data_token
+        L, D, index = config.fusion_tokens, config.dim, config.data_token
         super().__init__(config, L * D)
         self.backbone = self.new_backbone()
         self.encoders = nn.ModuleDict({name: self.new_encoder() for name in config.modalities})
         # One for all modalities: it learns what to ask, each encoder what its sensor answers
         self.fusion_token = nn.Parameter(torch.empty(1, L, D))
         nn.init.xavier_uniform_(self.fusion_token[0])
-        num_tokens = self.backbone.num_tokens
-        if first > num_tokens - L:
-            raise UserError(
-                f"data token {first}: expected 0 to {num_tokens - L}"
-                f" ({num_tokens} data tokens, {L} of them taken)"
-            )
+        largest = self.backbone.num_tokens - L
+        if index > largest:
+            raise UserError(f"data token {index}: expected 0 to {largest}")
         # What the losses see of an encoder's output: the fusion tokens and L data tokens
-        self.keep = (slice(0, L), slice(L + first, 2 * L + first))
+        self.keep = (slice(0, L), slice(L + index, L + index + L))
 
     def forward(self, images: dict[str, Tensor]) -> Embeddings:
         L = self.config.fusion_tokens
@@ -461,22 +385,6 @@ class GraFT(MultiModalModel):
             fusion[modality] = z[:, :L].flatten(1)  # Eq. (5): (B, L * D)
             data[modality] = z[:, L:].flatten(1)  # Eq. (11)
         return Embeddings(average(fusion), average(data), fusion, data)  # Eq. (6), (7); (12)
-
-    @torch.no_grad()
-    def attention(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The fusion tokens' attention in each modality's encoder (Fig. 4): (B, rows, columns).
-
-        Means over heads and fusion tokens; together with what goes to the fusion tokens and to
-        those before the patches they add up to 1.
-        """
-        maps = {}
-        first_patch = self.config.fusion_tokens + self.backbone.prefix_tokens
-        for modality, data_tokens in self.extract(images).items():
-            fusion_tokens = self.fusion_token.expand(len(data_tokens), -1, -1)
-            tokens = torch.cat([fusion_tokens, data_tokens], 1)
-            weights = self.encoders[modality].self_attn.weights(fusion_tokens, tokens)
-            maps[modality] = weights.mean((1, 2))[:, first_patch:].unflatten(1, self.backbone.grid)
-        return maps
 
 
 def average(tokens: dict[str, Tensor]) -> Tensor:
@@ -528,86 +436,75 @@ def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
     return left_out
 
 
-def read_state(path: str | Path) -> tuple[dict[str, Tensor], list[str], tuple | None]:
-    """A ViT's weights in float32, the names of those left out, and the image size if known."""
-    checkpoint = read_weights(path)
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
+    """A backbone's weights in float32; of a run of ours also its image size, else None."""
+    checkpoint = runtime.load_checkpoint(path)
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     weights = state.values() if isinstance(state, dict) else [None]
     if not all(isinstance(w, Tensor) and w.layout is torch.strided for w in weights):
         raise UserError(f"{path}: holds no state dict")
-    if any(name.startswith("backbone.") for name in state):  # a checkpoint of ours
-        own = {name: w for name, w in state.items() if name.startswith("backbone.")}
-        state = {name.removeprefix("backbone."): weight for name, weight in own.items()}
-    dropped = [name for name in state if name.startswith(("head.", "head_dist."))]
     config = checkpoint.get("config")
     image_size = config.get("image_size") if isinstance(config, dict) else None
-    return {n: w.float() for n, w in state.items() if n not in dropped}, dropped, image_size
+    state = {name: weight.float() for name, weight in state.items()}
+    ours = [name for name in state if name.startswith("backbone.")]  # a run holds the whole model
+    return {n.removeprefix("backbone."): state[n] for n in ours or state}, image_size
 
 
-def read_weights(path: str | Path) -> dict:
-    """A file of weights: torch's, read without running code, or .safetensors."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return runtime.load_checkpoint(path)
+def load_strictly(
+    module: nn.Module, state: dict[str, Tensor], path: str | Path, heads: tuple[str, ...]
+) -> list[str]:
+    """load_state_dict without the weights whose names start with `heads`; returns their names.
+
+    Raises UserError that says which weights are missing, unknown or of another shape.
+    """
+    left_out = [name for name in state if name.startswith(heads)]
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path}: needs the package safetensors: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); use another copy") from None
-
-
-def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """load_state_dict, whose errors name what is missing, unknown or of another shape."""
-    try:
-        module.load_state_dict(state)
+        module.load_state_dict({n: weight for n, weight in state.items() if n not in left_out})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path}: not the weights of this backbone ({reason}); choose the --backbone that"
-            " it was made for; any ViT of timm is timm:NAME"
+            " they were made for; any ViT of timm is timm:NAME"
         ) from None
+    return left_out
 
 
 def resize_pos_embed(
-    pos_embed: Tensor, prefix: int, old: tuple[int, int] | None, new: tuple[int, int]
+    pos_embed: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]
 ) -> Tensor:
-    """Resize the patches' positions (1, prefix + old, D) to another grid (rows, columns).
+    """Resize the patches' positions (1, prefix + old, D) from one grid (rows, columns) to another.
 
-    `old` None: released files are of square images. Positions that do not fill the old grid stay
-    as they are, and their shape is refused later.
+    Positions that do not fill the old grid stay as they are: load_strictly refuses their shape.
     """
     num_patches = pos_embed.shape[1] - prefix
-    rows, columns = old or [int(max(0, num_patches) ** 0.5)] * 2
-    if (rows, columns) == new or not rows * columns == num_patches > 0:
+    fills = num_patches > 0 and num_patches == old[0] * old[1]
+    if old == new or not fills:
         return pos_embed
-    grid = pos_embed[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, new, mode="bicubic", antialias=True)  # (1, D, rows, columns)
+    grid = pos_embed[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    grid = F.interpolate(grid, new, mode="bicubic", antialias=True)
     return torch.cat([pos_embed[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)
 
 
 def fetch_deit(vit: ViT) -> Path:
-    """DeiT-B's released file. Raises UserError for a ViT of another size."""
+    """DeiT-B's released file. Raises UserError for another ViT."""
     if vit.cls_token.shape[-1] != 768 or len(vit.blocks) != 12 or vit.dist_token is None:
         raise UserError(
             "--backbone-weights pretrained: only DeiT-B's weights are released for this ViT;"
-            " name a FILE, or none"
+            " expected a FILE, or none"
         )
     return fetch("https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_224-df68dfff.pth")
 
 
 def fetch(url: str) -> Path:
-    """A released file, fetched once into torch.hub's folder."""
+    """Where torch.hub keeps a released file, which is downloaded once."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     try:
         with runtime.rank0_first():
             torch.hub.load_state_dict_from_url(url, weights_only=True)
     except OSError as error:
         raise UserError(
-            f"{url}: cannot be fetched ({error}); fetch it elsewhere and put it at {path}, or name"
-            " a file by --backbone-weights FILE (none: random weights)"
+            f"{url}: cannot be downloaded ({error}); download it elsewhere and put it at {path}, or"
+            " choose another file by --backbone-weights FILE (none: random weights)"
         ) from None
     return path
 
@@ -643,8 +540,8 @@ def normalise_over_ranks(norm: nn.Module, x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D/H)) v, all (B, H, N, D/H), by torch's fused kernel.
 
-    On CPUs that kernel is slow in bf16 (the plain formula is 2 times as fast forward and 9 times
-    with the backward pass, at 34 tokens), and slower than it in training on short sequences.
+    On CPUs the plain formula takes its place where it is faster: in bf16 (2 times forward, 9 times
+    with the backward pass, at 34 tokens), and in training on short sequences.
     """
     short = q.requires_grad and k.shape[-2] < 64
     if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or short):
@@ -652,3 +549,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
             weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)  # (B, H, N, N)
             return F.dropout(weights, dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+# --- checkpoints of older versions, and of strangers
+
+# Switches of an older ViT, with DeiT's values, the only ones that are still built
+DEIT = {
+    "pre_norm": False, "activation": "gelu", "norm_eps": 1e-6, "layer_scale": False,
+    "registers": 0, "embed_class": True,
+}  # fmt: skip
+TEST_TIME = {"test_token", "bnneck_features"}  # evaluate.py reads these: they make no weights
+
+
+def stored_config(stored: dict) -> GraFTConfig:
+    """The config in a checkpoint file.
+
+    Raises UserError for what this version cannot build, and for a model so large that building it
+    would take long before anyone sees that the file does not hold its weights.
+    """
+    stored = {name: value for name, value in stored.items() if name not in TEST_TIME}
+    for name, value in DEIT.items():
+        if stored.pop(name, value) != value:
+            raise UserError(
+                f"{name}: a backbone of an older version; train it again as --backbone timm:NAME"
+            )
+    if layers := stored.pop("resnet", 0):  # HAMNet's
+        stored["backbone"] = f"resnet{layers}"
+    config = GraFTConfig(**stored)
+    for field in fields(config):
+        value, kind = getattr(config, field.name), type(field.default)
+        if type(value) is not kind:
+            raise UserError(f"{field.name} {value!r}: expected a {kind.__name__}")
+    counts = (config.depth, config.fusion_tokens, len(config.modalities), len(config.blocks))
+    if max(counts) > 1000:
+        raise UserError(f"{max(counts)} blocks, fusion tokens or modalities: at most 1000")
+    return config

@@ -73,6 +73,14 @@ def recipe(dataset: str) -> dict:
     return {**HAMNET, **HAMNET_OF.get(dataset, {})}
 
 
+def step_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """As train.lr_factor: linear warm-up, then a tenth from 40/120 of all steps on, and a hundredth
+    from 70/120 on; its published code."""
+    drops = sum(120 * step >= epoch * total_steps for epoch in (40, 70))
+    warmup = max(1, min(warmup_steps, total_steps // 12))  # short runs, too, warm up before a drop
+    return min(1.0, (step + 1) / warmup) * 0.1**drops
+
+
 # --- model
 
 LAYOUTS = {
@@ -96,21 +104,17 @@ class ResNet(Backbone, resnet.ResNet):
                 layer.stride = (1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        with self.graph_if_trained():
-            x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def load(self, path: str | Path) -> list[str]:
         """torchvision's state dict of a whole ResNet; "pretrained" fetches ImageNet's."""
         if str(path) == "pretrained":  # the version that there was in HAMNet's days
             path = fetch(torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.url)
-        state, _, _ = read_state(path)
-        classifier = [name for name in state if name.startswith("fc.")]
-        weights = {name: w for name, w in state.items() if name not in classifier}
+        state, _ = read_state(path)
         # Nothing reads BatchNorm's counters, and old files lack them
         counters = {n: w for n, w in self.state_dict().items() if n.endswith("num_batches_tracked")}
-        load_strictly(self, {**weights, **counters}, path)
-        return classifier
+        return load_strictly(self, {**state, **counters}, path, heads=("fc.",))
 
     def prunable(self) -> list[nn.Module]:
         return [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
@@ -130,19 +134,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return normalised.movedim(-1, 1).to(x.dtype)
 
 
-class Stream(NamedTuple):
-    """HAMNet's view of one modality, float32."""
-
-    features: Tensor  # f_m (B, D)
-    activation: Tensor  # A_m (B, C, h, w), from 0 to 1
-
-
 class ScoredEmbeddings(NamedTuple):
     """As model.Embeddings, and the fused scores of the identities, which only the losses see."""
 
     fusion: Tensor  # (B, D)
     data: Tensor
-    own: dict[str, Tensor]  # f_m (B, D) each
+    fusion_of: dict[str, Tensor]  # f_m (B, D) each
     scores: Tensor  # (B, C)
 
 
@@ -169,49 +166,44 @@ class HAMNet(MultiModalModel):
             norm.bias.requires_grad_(False)
 
     def forward(self, images: dict[str, Tensor]) -> ScoredEmbeddings:
-        streams = self.streams(self.ordered(images))
-        shares, scores = class_shares(list(streams.values()))  # (B, M, C) each
-        features = torch.stack([stream.features for stream in streams.values()], 1)  # (B, M, D)
-        fused = (shares.sum(-1, keepdim=True) * features).sum(1)
-        own = {name: stream.features for name, stream in streams.items()}
-        return ScoredEmbeddings(fused, fused, own, (shares * scores).sum(1))
-
-    def streams(self, images: dict[str, Tensor]) -> dict[str, Stream]:
-        streams = {}
-        for modality, image in images.items():
+        features, activations = {}, {}
+        for modality, image in self.ordered(images).items():
             x, to_map = self.backbone[modality](image), self.maps[modality]
-            # Not in bf16: sums over places follow. An exported model may be fp16 as a whole
+            # Not in bf16: sums over places follow
             with torch.autocast(x.device.type, enabled=False):
                 x = x.to(to_map.weight.dtype)  # (B, D, h, w)
-                features = self.norms[modality](x.mean((2, 3)))
-                streams[modality] = Stream(features.float(), to_map(x).sigmoid().float())
-        return streams
+                features[modality] = self.norms[modality](x.mean((2, 3))).float()
+                activations[modality] = to_map(x).sigmoid().float()
+        return fuse(features, activations)
 
-    def losses(self, embeddings: ScoredEmbeddings, labels: Tensor, criterion, rows) -> dict:
+    def losses(self, embeddings: ScoredEmbeddings, labels, criterion, rank_sizes=()) -> dict:
         """Cross-entropy and triplets of each modality and of the fused scores; their coherence."""
         logits = [self.classifier(features) for features in embeddings.fusion_of.values()]
         # The fused scores are features and logits at once
         features = [*embeddings.fusion_of.values(), embeddings.scores]
         parts = [
-            criterion(Embeddings(x, x), classes[: len(labels)], labels, rows)
+            criterion(Embeddings(x, x), classes[: len(labels)], labels, rank_sizes)
             for x, classes in zip(features, [*logits, embeddings.scores], strict=True)
         ]
         losses = {name: sum(part[name] for part in parts) for name in parts[0]}
         # The published code adds this one up over the batch. The mean times the number of samples
         # of all ranks is the same on any number of ranks
-        losses["coherence"] = incoherence(logits) * (sum(rows) or len(embeddings.fusion))
+        losses["coherence"] = incoherence(logits) * (sum(rank_sizes) or len(embeddings.fusion))
         losses["loss"] = losses["loss"] + 0.001 * losses["coherence"]  # published code
         return losses
 
 
-def class_shares(streams: list[Stream]) -> tuple[Tensor, Tensor]:
-    """r w_m, which add up to 1 over modalities and classes, and the scores S_m: both (B, M, C)."""
-    activations = torch.stack([stream.activation for stream in streams], 1)  # (B, M, C, h, w)
-    scores = activations.sum((3, 4))
-    strongest = activations.amax(1).sum((2, 3))  # (B, C)
+def fuse(features: dict[str, Tensor], activations: dict[str, Tensor]) -> ScoredEmbeddings:
+    """Weigh the features f_m (B, D) by the activation maps A_m (B, C, h, w), values 0 to 1."""
+    A = torch.stack(list(activations.values()), 1)  # (B, M, C, h, w)
+    scores = A.sum((3, 4))  # S_m (B, M, C)
+    strongest = A.amax(1).sum((2, 3))  # (B, C)
     r = strongest / strongest.sum(1, keepdim=True)
     w = scores / scores.sum(1, keepdim=True)
-    return r[:, None] * w, scores
+    shares = r[:, None] * w  # (B, M, C), add up to 1 over modalities and classes
+    f = torch.stack(list(features.values()), 1)  # (B, M, D)
+    fused = (shares.sum(-1, keepdim=True) * f).sum(1)
+    return ScoredEmbeddings(fused, fused, features, (shares * scores).sum(1))
 
 
 def incoherence(logits: list[Tensor]) -> Tensor:

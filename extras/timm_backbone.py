@@ -20,6 +20,8 @@ from runtime import UserError
 
 try:
     import timm
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
     from timm.layers import PatchEmbed
     from timm.models import Eva, VisionTransformer, eva, vision_transformer
 except ImportError:
@@ -88,11 +90,10 @@ class TimmViT(Backbone):
         """`patch_dropout` leaves out that share of each image's patches (Liu et al. 2023)."""
         dropout = self.vit.patch_drop
         dropout.prob, dropout.training = patch_dropout, patch_dropout > 0  # also when frozen
-        with self.graph_if_trained():
-            tokens = self.vit.forward_features(images)
-            if not self.has_cls:
-                patches = tokens[:, self.vit.num_prefix_tokens :]
-                tokens = torch.cat([patches.mean(1, keepdim=True), tokens], 1)
+        tokens = self.vit.forward_features(images)
+        if not self.has_cls:
+            patches = tokens[:, self.vit.num_prefix_tokens :]
+            tokens = torch.cat([patches.mean(1, keepdim=True), tokens], 1)
         return tokens
 
     def prunable(self) -> list[nn.Module]:
@@ -103,8 +104,12 @@ class TimmViT(Backbone):
 
         "pretrained" has timm fetch what the model's name stands for.
         """
-        is_released = str(path) == "pretrained"
-        state, dropped, image_size = (self.fetch(), [], None) if is_released else read_state(path)
+        if str(path) == "pretrained":
+            state, image_size = self.fetch(), None
+        elif Path(path).suffix == ".safetensors":
+            state, image_size = read_safetensors(path), None
+        else:
+            state, image_size = read_state(path)
         if image_size:  # a run of ours, whose positions need not fill a square as a release's do
             self.vit.pretrained_cfg["input_size"] = (3, *image_size)
         state = {name.removeprefix("vit."): weight for name, weight in state.items()}
@@ -122,9 +127,7 @@ class TimmViT(Backbone):
             raise UserError(f"{path}: no weights of timm:{self.name} ({short(error)})") from None
         if "norm.weight" not in state:  # models that pool first have their final norm behind it
             state = {name.replace("fc_norm.", "norm."): weight for name, weight in state.items()}
-        heads = [name for name in state if name.startswith(HEADS)]
-        load_strictly(self.vit, {n: w for n, w in state.items() if n not in heads}, path)
-        return [*dropped, *heads]
+        return load_strictly(self.vit, state, path, HEADS)
 
     def fetch(self) -> dict[str, Tensor]:
         """The released weights, by timm's names."""
@@ -140,6 +143,13 @@ class TimmViT(Backbone):
             ) from None
         finally:
             logging.disable(logging.NOTSET)
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({short(error)})") from None
 
 
 def short(error: Exception) -> str:

@@ -12,7 +12,7 @@ import options
 import runtime
 import train
 from experiments import hamnet
-from experiments.hamnet import HAMNet, ScoredEmbeddings, Stream, class_shares
+from experiments.hamnet import HAMNet
 from losses import GraFTLoss
 from model import GraFTConfig, build_model, load_backbone
 from runtime import UserError
@@ -35,51 +35,46 @@ def photos(batch: int = 2) -> dict[str, torch.Tensor]:
     return {modality: torch.randn(batch, 3, *SIZE, generator=generator) for modality in NAMES}
 
 
-def random_streams(batch: int, modalities: int) -> dict[str, Stream]:
-    generator, streams = torch.Generator().manual_seed(2), {}
-    for modality in NAMES[:modalities]:
-        features = torch.randn(batch, 512, generator=generator)
-        streams[modality] = Stream(features, torch.rand(batch, C, 2, 4, generator=generator))
-    return streams
+def random_parts(batch: int, modalities: int) -> tuple[dict, dict]:
+    """Features (B, D) and activation maps (B, C, h, w) of the first modalities."""
+    generator, names = torch.Generator().manual_seed(2), NAMES[:modalities]
+    features = {name: torch.randn(batch, 512, generator=generator) for name in names}
+    return features, {name: torch.rand(batch, C, 2, 4, generator=generator) for name in names}
 
 
-def written_out(streams: list[Stream], b: int) -> tuple[torch.Tensor, torch.Tensor]:
+def written_out(features: dict, activations: dict, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The fused feature (D,) and the fused scores (C,) of sample b, class by class."""
     feature, scores = torch.zeros(512), torch.zeros(C)
-    strongest = torch.stack([stream.activation[b] for stream in streams]).max(0).values
+    strongest = torch.stack([A[b] for A in activations.values()]).max(0).values
     for c in range(C):
         r = strongest[c].sum() / strongest.sum()
-        S = [stream.activation[b, c].sum() for stream in streams]
-        for stream, S_m in zip(streams, S, strict=True):
-            w = S_m / sum(S)
-            feature += r * w * stream.features[b]
+        S = {modality: A[b, c].sum() for modality, A in activations.items()}
+        for modality, S_m in S.items():
+            w = S_m / sum(S.values())
+            feature += r * w * features[modality][b]
             scores[c] += r * w * S_m
     return feature, scores
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3])
-def test_fusion_written_out(net, monkeypatch, modalities):
-    streams = random_streams(2, modalities)
-    shares, _ = class_shares(list(streams.values()))
-    torch.testing.assert_close(shares.sum((1, 2)), torch.ones(2))
-    monkeypatch.setattr(net, "streams", lambda images: streams)
-    embeddings = net(photos())
+def test_fusion_written_out(modalities):
+    parts = random_parts(2, modalities)
+    embeddings = hamnet.fuse(*parts)
     for b in range(2):
-        feature, scores = written_out(list(streams.values()), b)
+        feature, scores = written_out(*parts, b)
         torch.testing.assert_close(embeddings.fusion[b], feature)
         torch.testing.assert_close(embeddings.scores[b], scores)
 
 
 def test_losses_written_out(net):
-    streams, labels = [*random_streams(6, 3).values()], torch.tensor([0, 0, 0, 3, 3, 3])
+    embeddings = hamnet.fuse(*random_parts(6, 3))
+    features, fused = [*embeddings.fusion_of.values()], embeddings.scores
+    labels = torch.tensor([0, 0, 0, 3, 3, 3])
     criterion = GraFTLoss(C, 512, "hardest", squared=False)
     criterion.weights(alpha=1.0, beta=0.0, gamma=1.0, label_smoothing=0.0)
     criterion.margin = 0.3
     nn.init.normal_(net.classifier.weight, std=0.1)
-    features = [stream.features for stream in streams]
-    fused = torch.stack([written_out(streams, b)[1] for b in range(6)])
-    embeddings = ScoredEmbeddings(fused, fused, dict(zip(NAMES, features, strict=True)), fused)
-    found = net.losses(embeddings, labels, criterion, ())
+    found = net.losses(embeddings, labels, criterion)
     logits = [f @ net.classifier.weight.T + net.classifier.bias for f in features]
     triplet = entropy = 0.0
     for x, classes in [*zip(features, logits, strict=True), (fused, fused)]:
@@ -98,28 +93,31 @@ def test_losses_written_out(net):
     assert hamnet.incoherence(logits[:1]) == 0
 
 
-def test_streams_are_the_published_parts(net):
+def test_parts_are_the_published_ones(net):
     """Mean over places, then BatchNorm; a 1x1 convolution, then a sigmoid; some sensors at test."""
     net.eval()
-    images = photos()
+    images, features, activations = photos(), {}, {}
     with torch.no_grad():
-        streams = net.streams(images)
-        for modality, stream in streams.items():
+        for modality in ("rgb", "tir"):
             x = net.backbone[modality](images[modality])
             assert x.shape == (2, 512, 2, 4)  # a stride of 16
-            norm, to_map = net.norms[modality], net.maps[modality]
+            norm, to_map = net.norms[modality], net.maps[modality].weight[:, :, 0, 0]
             f = (x.mean((2, 3)) - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-            torch.testing.assert_close(stream.features, f * norm.weight)
-            classes = torch.einsum("cd,bdyx->bcyx", to_map.weight[:, :, 0, 0], x)
-            torch.testing.assert_close(stream.activation, classes.sigmoid())
-        some = net({name: images[name] for name in ("tir", "rgb")}).fusion[0]
-        torch.testing.assert_close(some, written_out([streams["rgb"], streams["tir"]], 0)[0])
+            features[modality] = f * norm.weight
+            activations[modality] = torch.einsum("cd,bdyx->bcyx", to_map, x).sigmoid()
+        some = net({name: images[name] for name in ("tir", "rgb")})
+    assert list(some.fusion_of) == ["rgb", "tir"]
+    torch.testing.assert_close(some.fusion_of, features)
+    for b in range(2):
+        feature, scores = written_out(features, activations, b)
+        torch.testing.assert_close(some.fusion[b], feature)
+        torch.testing.assert_close(some.scores[b], scores)
 
 
 def test_every_parameter_trains_but_of_a_frozen_backbone(net):
     net.train()
     criterion, labels = GraFTLoss(C, 512, "hardest"), torch.tensor([0, 0, 1, 1])
-    net.losses(net(photos(4)), labels, criterion, ())["loss"].backward()
+    net.losses(net(photos(4)), labels, criterion)["loss"].backward()
     lacking = [name for name, p in net.named_parameters() if p.grad is None]
     assert lacking == [f"norms.{modality}.bias" for modality in NAMES]
     net.freeze_backbone(True)
@@ -201,7 +199,7 @@ def test_its_defaults_are_its_own_and_explicit_options_win():
     assert (args.samples, args.batch_size, args.margin, args.pad) == (4, 12, 0.3, 10)
     assert [stage.epochs for stage in args.stages] == [0, 40]
     steps = (0, 1000, 3999, 4000, 7000)
-    factors = [train.schedule_factor(args, args.stages[1], step, 12_000) for step in steps]
+    factors = [train.schedule_factor(args.stages[1], step, 12_000) for step in steps]
     # a twelfth to warm up, where 2,400 steps are more
     assert factors == pytest.approx([1 / 1000, 1, 1, 0.1, 0.01])
     given = ["--fusion", "hamnet", "--lr", "1", "2", "--batch-size", "16"]
@@ -212,5 +210,7 @@ def test_its_defaults_are_its_own_and_explicit_options_win():
 def test_what_does_not_go_with_it_is_one_line(tiny_data, tmp_path):
     tiny = [*tiny_arguments(tiny_data, tmp_path / "out"), "--fusion", "hamnet"]
     assert "makes 39 images" in fails(train, *tiny, "--batch-size", 13)
-    assert "HAMNet takes resnet18 or resnet50" in fails(train, *tiny, "--backbone", "deit-b")
+    assert "--fusion hamnet takes resnet18 or resnet50" in fails(
+        train, *tiny, "--backbone", "deit-b"
+    )
     assert not (tmp_path / "out").exists()

@@ -18,6 +18,8 @@ from model import load_backbone
 from runtime import UserError
 
 timm = pytest.importorskip("timm")
+from safetensors.torch import save_file  # noqa: E402
+
 from extras import timm_backbone  # noqa: E402
 from extras.timm_backbone import TimmViT  # noqa: E402
 
@@ -80,6 +82,16 @@ def test_a_file_of_timms_is_read_at_another_image_size(name, tmp_path):
             assert torch.equal(weight, state.get(key, state.get(f"fc_{key}"))), key
 
 
+def test_safetensors_are_read_or_refused(tmp_path):
+    vit, file = new(SMALL), tmp_path / "model.safetensors"
+    save_file(vit.vit.state_dict(), file)
+    vit.vit.norm.weight.data.zero_()
+    assert vit.load(file) == []
+    assert vit.vit.norm.weight.all()
+    file.write_bytes(file.read_bytes()[:99])
+    refused("cannot be read as safetensors", vit.load, file)
+
+
 def test_files_by_the_names_of_their_authors(tmp_path):
     vit, file = new("vit_small_patch14_reg4_dinov2"), tmp_path / "file.pth"
     state = vit.vit.state_dict()
@@ -122,7 +134,7 @@ def refused(message: str, work, *arguments) -> None:
 def test_what_does_not_fit_is_one_line(tmp_path, monkeypatch):
     refused("not in timm .*; see vit_small_patch14_dinov2, ", TimmViT, "vit_small_dinov2", (28, 56))
     refused("not in timm .*; see ", TimmViT, "hf-hub:some/body", (28, 56))
-    refused("64x128: patches of 14 pixels do not fill it", TimmViT, SMALL, (64, 128))
+    refused("64x128: expected multiples of the patch size, 14", TimmViT, SMALL, (64, 128))
     file, vit = tmp_path / "file.pth", new(SMALL)
     state = vit.vit.state_dict()
     torch.save({**state, "norm.weight": torch.ones(3)}, file)
