@@ -10,16 +10,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -37,92 +34,104 @@ from runtime import UserError
 
 SPLITS = ("train", "query", "gallery")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 2**26  # of an image: a larger one is refused before it is decoded
+MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 STORE_GB = 20.0  # RGBN300 at 224x224, the largest of the paper's, takes 16.6
-STORE_VERSION = 2  # of what reading gives: a part of the names of the store's files
-PATIENCE = 10  # seconds to wait for images before looking whether a signal has come
-# Left in folders by file managers, network drives and notebooks: passed over without a word
+STORE_VERSION = 2  # raised when decoding changes: part of the names of the store's files
+# Seconds that an image may take after a signal. Not 0: train.py finishes its step, then saves
+PATIENCE = 10
+# Left in folders by file managers, network drives and notebooks; passed over without a word
 HIDDEN = re.compile(
     r"\..*|__MACOSX|@eaDir|@__thumb|@Recycle|#recycle|#snapshot|\$RECYCLE\.BIN|lost\+found"
     r"|Thumbs\.db|desktop\.ini",
     re.IGNORECASE,
 )
-BESIDE = "no part of the data set"
+BESIDE = "not part of the data set"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
 
-# --- what is known of each data set
+# --- the data sets, and where their files lie
+
+
+class Layout(NamedTuple):
+    """Where a data set's files lie; str() gives an example of their paths.
+
+    Without {modality} a file is a mosaic: a tile of each modality, twice as wide as high.
+    """
+
+    path: str  # of {split}, {modality}, {identity} and {name}
+    splits: tuple[str, ...] = SPLITS  # the folders of train, query and gallery
+    modalities: tuple[str, ...] = ()  # the modalities' folders, in the data set's order; (): any
+    name: str = r"(?P<pid>-?\d{1,18})_c(?P<key>\d{1,18}).*"  # 18 digits fit in 64 bits
+    example: str = "0471_c0001_000.jpg"  # a name
+    query_names: str = ""  # folder whose file names say which test samples are queries
+
+    def regex(self) -> str:
+        """Regular expression of a path without its suffix, with a group for each part."""
+        return self.path.format(
+            split=f"(?P<split>{'|'.join(self.splits)})",
+            modality=f"(?P<modality>{'|'.join(self.modalities) or '.+'})",
+            identity=r"(?P<identity>\d{1,18})",
+            name=f"(?P<name>{self.name})",
+        )
+
+    def __str__(self) -> str:
+        split = "{" + ",".join(self.splits) + "}"
+        modality = "{" + ",".join(self.modalities) + "}" if self.modalities else "MODALITY"
+        return self.path.format(split=split, modality=modality, identity="0471", name=self.example)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a data set.
+    """What is known of a data set before its files are seen."""
 
-    `layouts`: an example -> one regular expression for the path of a file without its suffix.
-    Groups: `train`, `query`, `gallery` or `test` (query and gallery); the modality by its name, or
-    `modality` where folders name it; `pid`; `key` (camera or scene); `folder` and `name`, together
-    the sample's name. Without a modality a file is a mosaic: tiles of all, twice as wide as high.
-    """
-
-    layouts: dict[str, str]
+    layouts: tuple[Layout, ...]  # in which it is found in the wild
     modalities: tuple[str, ...] = ()  # (): as found
     counts: tuple[int, ...] = ()  # samples of train, query, gallery
     mean_std: dict[str, tuple] = field(default_factory=dict)  # by modality; else ImageNet's
-    first_key: int = 1  # in the files' names; ours start at 0
-    query_names: str = ""  # folder whose files' names say which `test` samples are queries
+    first_key: int = 1  # in file names cameras count from here, in samples from 0
     junk: int | None = None  # identity whose files are left out without a word
 
 
+RNT, MARKET = ("rgb", "nir", "tir"), ("bounding_box_train", "query", "bounding_box_test")
+MOSAICS = Layout("rgbir/{split}/{name}", MARKET)
 # fmt: off
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
-_RNT, _MARKET_TREE = ("rgb", "nir", "tir"), "{bounding_box_train,query,bounding_box_test}"
-_MARKET = "((?P<train>bounding_box_train)|(?P<query>query)|(?P<gallery>bounding_box_test))"
-_NAME = r"(?P<name>(?P<pid>-?\d{1,18})_c(?P<key>\d{1,18}).*)"  # 18 digits fit in 64 bits
-_RGBNT100 = {f"rgbir/{_MARKET_TREE}/0501_c0001_000.jpg": f"rgbir/{_MARKET}/{_NAME}"}
-_VIS_NI_TH = "((?P<rgb>vis)|(?P<nir>ni)|(?P<tir>th))"
-
 DATASETS = {  # mean and std: published code; NIR's std of rgbnt100: see D13
-    "synthetic": Facts(_RGBNT100, _RNT),
-    "rgbnt100": Facts(_RGBNT100 | {
-        f"reid_set_{{R,N,T}}/{_MARKET_TREE}/0501_c0001_000.jpg":
-            f"reid_set_((?P<rgb>R)|(?P<nir>N)|(?P<tir>T))/{_MARKET}/{_NAME}",
-        "{train,validate}/{R,N,T}/0501/0501_c0001_000.jpg, queries' names in rgbir/query":
-            "((?P<train>train)|(?P<test>validate))/((?P<rgb>R)|(?P<nir>N)|(?P<tir>T))"
-            f"/(?P<folder>.+)/{_NAME}",
-        }, _RNT, (8675, 1715, 8575), {
-            "rgb": ((0.276, 0.271, 0.274), (0.176, 0.176, 0.168)),
-            "nir": ((0.346,) * 3, (0.168,) * 3),
-            "tir": ((0.761, 0.329, 0.322), (0.257, 0.263, 0.216)),
-        }, query_names="rgbir/query"),
-    "rgbn300": Facts(_RGBNT100, ("rgb", "nir"), (25200, 4985, 24925), {
+    "synthetic": Facts((MOSAICS,), RNT),
+    "rgbnt100": Facts((
+        MOSAICS,
+        Layout("reid_set_{modality}/{split}/{name}", MARKET, ("R", "N", "T")),
+        Layout("{split}/{modality}/{identity}/{name}", ("train", "validate", "validate"),
+               ("R", "N", "T"), query_names="rgbir/query"),  # as the published code reads it
+    ), RNT, (8675, 1715, 8575), {
+        "rgb": ((0.276, 0.271, 0.274), (0.176, 0.176, 0.168)),
+        "nir": ((0.346,) * 3, (0.168,) * 3),
+        "tir": ((0.761, 0.329, 0.322), (0.257, 0.263, 0.216)),
+    }),
+    "rgbn300": Facts((MOSAICS,), ("rgb", "nir"), (25200, 4985, 24925), {
         "rgb": ((0.299, 0.294, 0.290), (0.195, 0.195, 0.185)),
         "nir": ((0.371,) * 3, (0.181,) * 3),
-        }),
-    "rgbnt201": Facts({
-        "{train_171,test}/{RGB,NI,TI}/000258_cam1_0_00.jpg":
-            "((?P<train>train_171)|(?P<test>test))/((?P<rgb>RGB)|(?P<nir>NI)|(?P<tir>TI))"
-            r"/(?P<name>(?P<pid>\d{6})_cam(?P<key>\d).*)",
-        }, _RNT, (3951, 836, 836), {
-            "rgb": ((0.272, 0.269, 0.272), (0.174, 0.175, 0.167)),
-            "nir": ((0.339,) * 3, (0.168,) * 3),
-            "tir": ((0.759, 0.325, 0.318), (0.255, 0.258, 0.213)),
-        }),
-    "msvr310": Facts({  # the key is the scene
-        "{bounding_box_train,query3,bounding_box_test}/0002/{vis,ni,th}/0002_s002_v0_000.jpg":
-            "((?P<train>bounding_box_train)|(?P<query>query3)|(?P<gallery>bounding_box_test))"
-            rf"/(?P<folder>.+)/{_VIS_NI_TH}/(?P<name>(?P<pid>\d{{4}})_s(?P<key>\d{{3}})_.*)",
-        }, _RNT, (1032, 591, 1055), first_key=0),
-    "wmveid863": Facts({
-        "{train,query,test}/0471/{vis,ni,th}/v1_n1_s999_011.jpg":
-            r"((?P<train>train)|(?P<query>query)|(?P<gallery>test))"
-            rf"/(?P<folder>(?P<pid>\d{{1,18}}))/{_VIS_NI_TH}/(?P<name>v(?P<key>\d).*)",
-        }, _RNT),
+    }),
+    "rgbnt201": Facts((
+        Layout("{split}/{modality}/{name}", ("train_171", "test", "test"), ("RGB", "NI", "TI"),
+               r"(?P<pid>\d{6})_cam(?P<key>\d).*", "000471_cam1_0_00.jpg"),
+    ), RNT, (3951, 836, 836), {
+        "rgb": ((0.272, 0.269, 0.272), (0.174, 0.175, 0.167)),
+        "nir": ((0.339,) * 3, (0.168,) * 3),
+        "tir": ((0.759, 0.325, 0.318), (0.255, 0.258, 0.213)),
+    }),
+    "msvr310": Facts((  # the key is the scene
+        Layout("{split}/{identity}/{modality}/{name}",
+               ("bounding_box_train", "query3", "bounding_box_test"), ("vis", "ni", "th"),
+               r"(?P<pid>\d{4})_s(?P<key>\d{3})_.*", "0471_s002_v0_000.jpg"),
+    ), RNT, (1032, 591, 1055), first_key=0),
+    "wmveid863": Facts((  # the pid is the folder's
+        Layout("{split}/{identity}/{modality}/{name}", ("train", "query", "test"),
+               ("vis", "ni", "th"), r"v(?P<key>\d).*", "v1_n1_s999_011.jpg"),
+    ), RNT),
     # -1 are bad detections; 0000 are distractors, which stay in the gallery
-    "market1501": Facts({f"{_MARKET_TREE}/0002_c1s1_000451_03.jpg": f"{_MARKET}/(?P<rgb>){_NAME}"},
-                        ("rgb",), (12936, 3368, 15913), junk=-1),
-    "folder": Facts({
-        "{train,query,gallery}/MODALITY/7_c1_a.jpg":
-            f"((?P<train>train)|(?P<query>query)|(?P<gallery>gallery))/(?P<modality>.+)/{_NAME}",
-        }),
-    "csv": Facts({}),  # see read_table
+    "market1501": Facts((Layout("{split}/{name}", MARKET),), ("rgb",), (12936, 3368, 15913),
+                        junk=-1),
+    "folder": Facts((Layout("{split}/{modality}/{name}"),)),
+    "csv": Facts(()),  # see read_table
 }
 # fmt: on
 
@@ -162,41 +171,65 @@ class Split(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[dict[str, Tensor], int, int]:
         return self.read(self.samples[i]), self.samples[i].pid, self.samples[i].key
 
+    def read(self, sample: Sample) -> dict[str, Tensor]:
+        """Decode a sample's files, a mosaic only once."""
+        last_tiles = dict(sample.images.values())  # by path: a later tile replaces an earlier one
+        decoded = {path: read_image(path, tile) for path, tile in last_tiles.items()}
+        images = {}
+        for modality, (path, tile) in sample.images.items():
+            image = decoded[path]
+            if tile is not None:
+                W, H = 2 * image.height, image.height
+                image = image.crop((W * tile, 0, W * (tile + 1), H))
+            images[modality] = to_tensor(image, self.image_size)
+        return images
+
     @cached_property
     def decoded(self) -> dict[str, Tensor] | None:
-        """Images of all samples, uint8 (N, 3, H, W), from the store; None where it has no room."""
-        return open_store(self)
+        """Images of all samples, uint8 (N, 3, H, W), from the store; None where it has no room.
+
+        All ranks call it together: the first of a machine decodes what is absent, and all map the
+        same pages of memory. Raises UserError for a damaged file.
+        """
+        if not (self.store_gb and self.image_size and self.samples):
+            return None
+        files, images = store_files(self), {}
+        with runtime.rank0_first(of_machine=True):
+            absent = {modality: file for modality, file in files.items() if not file.exists()}
+            if absent and runtime.local_rank() == 0:
+                fill_store(self, absent)
+        for modality, file in files.items():
+            try:
+                # "c": private pages, never written; torch warns of an array that is read-only
+                images[modality] = torch.from_numpy(np.load(file, mmap_mode="c"))
+            except OSError:  # not made, or deleted since
+                return None
+            except (ValueError, EOFError) as error:
+                text = f"{file}: is damaged ({error}); delete it, and it will be made again"
+                raise UserError(text) from None
+        return images
 
     def open(self) -> None:
-        """Fill the store, or, without room, read each file's head: what is broken shows now.
+        """Fill the store, or, without room, read each file's head.
 
-        All ranks call it together.
+        So a broken file shows before training, and not hours later, when the test comes to it. All
+        ranks call it together.
         """
-        own = self.samples[runtime.rank() :: runtime.world_size()]
+        share = self.samples[runtime.rank() :: runtime.world_size()]
         if self.decoded is None:
-            list(in_threads(check_heads, own, "opening"))
+            list(in_threads(check_heads, share, "opening"))
 
     def digest(self) -> str:
         """The sha256 of which samples there are: names, identities, cameras, modalities."""
-        rows = [f"{s.name} {s.pid} {s.key} {','.join(s.images)}" for s in self.samples]
-        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
-
-    def read(self, sample: Sample, modalities: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """Decode a sample's files, each once, whatever number of tiles is taken from it."""
-        wanted = sample.only(modalities or self.modalities).images
-        files: dict[Path, dict[str, int | None]] = {}
-        for modality, (path, tile) in wanted.items():
-            files.setdefault(path, {})[modality] = tile
-        images = {}
-        for path, tiles in files.items():
-            images |= zip(tiles, read_tiles(path, [*tiles.values()], self.image_size), strict=True)
-        return {modality: images[modality] for modality in wanted}
+        lines = [f"{s.name} {s.pid} {s.key} {','.join(s.images)}" for s in self.samples]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def restricted(self, modalities: tuple[str, ...]) -> "Split":
         """The same samples with these modalities alone; those that have none are left out."""
-        own = tuple(name for name in self.modalities if name in modalities)
-        samples = [sample.only(own) for sample in self.samples]
-        return Split([s for s in samples if s.images], own, self.image_size, self.store_gb)
+        modalities = tuple(name for name in self.modalities if name in modalities)
+        samples = [sample.only(modalities) for sample in self.samples]
+        samples = [sample for sample in samples if sample.images]
+        return Split(samples, modalities, self.image_size, self.store_gb)
 
     def subset(self, samples: list[Sample]) -> "Split":
         return Split(samples, self.modalities, self.image_size, self.store_gb)
@@ -205,21 +238,18 @@ class Split(torch.utils.data.Dataset):
 # --- reading images
 
 
-def read_tiles(path: Path, tiles: list[int | None], size: tuple[int, int] | None) -> Tensor:
-    """These tiles of a mosaic, or [None] for the whole image: (tiles, 3, H, W), uint8."""
-    images = torch.from_numpy(np.array(read_image(path, tiles[-1])))[None]  # (1, H, W, 3)
-    if tiles != [None]:
-        images = images[0].unflatten(1, (-1, 2 * images.shape[1])).transpose(0, 1)[tiles]
-    images = images.permute(0, 3, 1, 2)
-    if size and images.shape[2:] != size:
+def to_tensor(image: Image.Image, size: tuple[int, int] | None) -> Tensor:
+    """An RGB image as uint8 (3, H, W), resized to `size` (H, W) if given."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if size and pixels.shape[1:] != size:
         # As Pillow resizes, within 2 of 255, and several times as fast; see D22
-        images = F.interpolate(images, size, mode="bicubic", antialias=True)
-    return images
+        pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+    return pixels
 
 
 def read_image(path: Path, tile: int | None = None) -> Image.Image:
-    """An image as RGB, upright; what is transparent becomes black. `tile`: as in `opened`."""
-    with opened(path, tile) as image:
+    """An image as RGB, upright; what is transparent becomes black. `tile`: as in open_image."""
+    with open_image(path, tile) as image:
         upright = image if tile is not None else ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
             black = Image.new("RGBA", upright.size, "black")
@@ -231,10 +261,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # se
 
 
 @contextmanager
-def opened(path: Path, tile: int | None = None) -> Iterator[Image.Image]:
-    """An image file of which only the head has been read; `tile` is the last that is wanted of it.
+def open_image(path: Path, tile: int | None = None) -> Iterator[Image.Image]:
+    """An image file of which only the head has been read. `tile`: the last wanted of a mosaic.
 
-    Raises UserError, from the block too, for what cannot be read as a viewer would show it.
+    Raises UserError, also for errors in the block, for what cannot be read as a viewer shows it.
     """
     try:
         with Image.open(path, formats=("JPEG", "PNG", "BMP", "TIFF", "WEBP")) as image:
@@ -242,20 +272,23 @@ def opened(path: Path, tile: int | None = None) -> Iterator[Image.Image]:
             if W * H > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{W}x{H} pixels")
             if is_deep(image):
-                text = "make a copy of the data set with 8 bits by python -m extras.to_8bit"
-                raise UserError(f"{path}: more than 8 bits a channel; {text}")
+                raise UserError(
+                    f"{path}: has more than 8 bits a channel; make a copy of the data set with 8"
+                    " bits by python -m extras.to_8bit"
+                )
             if tile is not None and (W % (2 * H) or 2 * H * (tile + 1) > W):
-                text = f"expected tiles of {2 * H}x{H}, at least {tile + 1} side by side"
-                raise UserError(f"{path}: a mosaic of {W}x{H} pixels; {text}")
+                raise UserError(
+                    f"{path}: is {W}x{H} pixels; expected a mosaic of at least {tile + 1} tiles of"
+                    f" {2 * H}x{H} side by side"
+                )
             yield image
     except UserError:
         raise
-    except Image.DecompressionBombError as error:
-        limit = f"the limit is {MAX_PIXELS / 1e6:.0f} million pixels: downscale the image"
-        raise UserError(f"{path}: {error}; {limit}") from None
     except Exception as error:  # Pillow's errors have no common type
-        text = f"not an image that can be read ({getattr(error, 'strerror', '') or error})"
-        raise UserError(f"{path}: {text}; mend, replace or remove the file") from None
+        reason, advice = getattr(error, "strerror", "") or error, "replace or remove the file"
+        if isinstance(error, Image.DecompressionBombError):
+            advice = f"expected at most {MAX_PIXELS / 1e6:.0f} million pixels; downscale the image"
+        raise UserError(f"{path}: not an image that can be read ({reason}); {advice}") from None
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -272,85 +305,57 @@ def is_deep(image: Image.Image) -> bool:
 
 def check_heads(sample: Sample) -> None:
     """Raise UserError where the head of one of the sample's files says that it cannot be read."""
-    for path, tile in dict(sample.images.values()).items():
-        with opened(path, tile):
+    last_tiles = dict(sample.images.values())
+    for path, tile in last_tiles.items():
+        with open_image(path, tile):
             pass
 
 
 def ahead(work: Callable, items: list, threads: int) -> Iterator:
-    """work(item) of each item, in order, by threads that are ahead by two items each; 0: by none.
+    """work(item) of each item, in order, by threads, two items ahead each; with 0, in this one.
 
-    Threads do: decoding and resizing release Python's lock. A signal ends the wait for an item that
-    takes longer than PATIENCE, as from a disk that hangs. Raises runtime.Stopped.
+    A signal ends the wait for an item that takes longer than PATIENCE, as from a disk that hangs.
+    Raises runtime.Stopped.
     """
     if not threads:
         yield from map(work, items)
         return
-    items, coming, cores = iter(items), deque(), torch.get_num_threads()
-    # Its threads are daemons: one that hangs does not keep the program from ending
+    cores = torch.get_num_threads()
+    # Threads suffice, since decoding and resizing release Python's lock. These are daemons, unlike
+    # concurrent.futures's, so that one that hangs does not keep the program from ending
     with ThreadPool(threads, torch.set_num_threads, (1,)) as pool:
         try:
-            coming.extend(pool.apply_async(work, (item,)) for item in islice(items, 2 * threads))
-            while coming:
-                result = coming.popleft()
+            started = (pool.apply_async(work, (item,)) for item in items)
+            running = deque(islice(started, 2 * threads))
+            while running:
+                result = running.popleft()
                 while not result.ready():
                     result.wait(PATIENCE)
                     if not result.ready() and (number := runtime.noted_signal()):
                         raise runtime.Stopped(number, "stopped while waiting for a file")
-                coming.extend(pool.apply_async(work, (item,)) for item in islice(items, 1))
+                running.extend(islice(started, 1))
                 yield result.get()
         finally:
-            torch.set_num_threads(cores)  # else later threads, too, would have one core each
+            torch.set_num_threads(cores)  # else threads of later, too, would have one core each
 
 
 def in_threads(work: Callable, items: list, doing: str) -> Iterator:
-    """`ahead` by all cores, with a bar; a signal ends it at once. Raises runtime.Stopped."""
-    with (
-        runtime.deferred_signals(),
-        closing(ahead(work, items, runtime.num_cores())) as results,
-        tqdm(total=len(items), desc=doing, leave=False, disable=None) as bar,
-    ):
-        for result in results:
+    """`ahead` on all cores, with a bar; a signal ends it at once. Raises runtime.Stopped."""
+    results = ahead(work, items, runtime.num_cores())
+    with runtime.deferred_signals(), closing(results):
+        for result in tqdm(results, doing, len(items), leave=False, disable=None):
             if number := runtime.noted_signal():
-                text = f"stopped while {doing} images: the same command begins anew"
-                raise runtime.Stopped(number, text)
-            bar.update()
+                raise runtime.Stopped(
+                    number, f"stopped while {doing} images: run the same command again"
+                )
             yield result
 
 
 # --- the store: each image decoded once, for all epochs, runs and ranks of a machine
 
 
-def open_store(split: Split) -> dict[str, Tensor] | None:
-    """The images of a split, mapped from files of the store, which are made where they are absent.
-
-    All ranks ask together: the first of a machine decodes, and the others map the same pages of
-    memory. None where the store has no room.
-    """
-    if not (split.store_gb and split.image_size and len(split)):
-        return None
-    files = store_files(split)
-    with runtime.rank0_first(of_machine=True):
-        missing = {modality: file for modality, file in files.items() if not file.exists()}
-        if missing and runtime.local_rank() == 0:
-            fill_store(split, missing)
-    images = {}
-    for modality, file in files.items():
-        try:
-            # Private pages, of which none is ever written: torch wants an array that could be
-            images[modality] = torch.from_numpy(np.load(file, mmap_mode="c"))
-        except OSError:  # not made, or deleted since
-            return None
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{file}: damaged ({error}); delete it, it is made anew") from None
-    return images
-
-
 def store_files(split: Split) -> dict[str, Path]:
-    """Each modality's file, named after all that it depends on.
-
-    The inodes, too: nothing else tells two files of equal size and time that have swapped names.
-    """
+    """Each modality's file, named by a digest of all that its content depends on."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     states: dict[Path | None, str] = {None: "absent"}
     files = {}
@@ -360,6 +365,7 @@ def store_files(split: Split) -> dict[str, Path]:
             path, tile = sample.images.get(modality, (None, None))
             if path not in states:
                 stat, name = path.stat(), os.fsencode(path.absolute())  # not all names are UTF-8
+                # The inode, since files of equal size and time may have swapped their names
                 states[path] = f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
             digest.update(f"{states[path]} {tile}\n".encode())
         files[modality] = Path(cache, "graft", f"{digest.hexdigest()[:32]}.npy")
@@ -367,40 +373,44 @@ def store_files(split: Split) -> dict[str, Path]:
 
 
 def fill_store(split: Split, files: dict[str, Path]) -> None:
-    """Write a split's decoded images, each modality's (N, 3, H, W) to its file, if there is room.
+    """Decode a split into these files, one a modality, (N, 3, H, W) each, if there is room.
 
-    Black where a sample lacks it. A stop or an error leaves nothing half-made.
+    Black where a sample lacks the modality. A stop or an error leaves nothing half-made.
     """
     shape = (len(split), 3, *split.image_size)
     size, folder = len(files) * math.prod(shape), next(iter(files.values())).parent
-    what = f"the decoded images of {len(split)} samples, {size / 1e9:.2f} GB,"
+    black = bytes(math.prod(shape[1:]))
+    samples = [sample.only(files) for sample in split.samples]
+    what = f"{size / 1e9:.2f} GB of decoded images ({len(split)} samples)"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = sum(file.stat().st_size for file in folder.glob("*.npy"))
-        if size > min(split.store_gb * 1e9 - taken, shutil.disk_usage(folder).free / 2):
-            limit = f"--store {split.store_gb:g}, of which {taken / 1e9:.2f} are taken, and half of"
-            text = f"{what} do not fit in {folder} ({limit} the free space): decoding in each epoch"
-            runtime.warn(f"{text}; delete what is old there, or raise --store")
-            return
+        room = min(split.store_gb * 1e9 - taken, shutil.disk_usage(folder).free / 2)
+        if size > room:
+            left = (
+                f"--store {split.store_gb:g} and half of the free space leave {room / 1e9:.2f} GB"
+            )
+            text = "decoding in each epoch; delete old files there, or raise --store"
+            return runtime.warn(f"{what} do not fit in {folder} ({left}): {text}")
         with tempfile.TemporaryDirectory(dir=folder) as unfinished, ExitStack() as stack:
-            paths = {modality: Path(unfinished, file.name) for modality, file in files.items()}
-            out = {m: stack.enter_context(open(path, "wb")) for m, path in paths.items()}
+            out = {m: open(Path(unfinished, m), "wb") for m in files}  # noqa: SIM115
             for file in out.values():
+                stack.enter_context(file)
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-            read, black = partial(split.read, modalities=tuple(files)), bytes(math.prod(shape[1:]))
             # Written, not mapped: on a full disk a write is an error, a mapped page kills us
-            for images in stack.enter_context(closing(in_threads(read, split.samples, "decoding"))):
-                for m, file in out.items():
-                    file.write(images[m].numpy().tobytes() if m in images else black)
-            for m, file in out.items():
+            for images in stack.enter_context(closing(in_threads(split.read, samples, "decoding"))):
+                for modality, file in out.items():
+                    image = images.get(modality)
+                    file.write(black if image is None else image.numpy().tobytes())
+            for modality, file in out.items():
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-                os.replace(paths[m], files[m])
+                os.replace(file.name, files[modality])
         runtime.print0(f"{what} are kept in {folder} (--store 0: decode in each epoch)")
     except OSError as error:
-        runtime.warn(f"{what} cannot be kept ({error}): decoding in each epoch")
+        runtime.warn(f"{what} cannot be kept in {folder} ({error}): decoding in each epoch")
 
 
 # --- batches
@@ -415,19 +425,18 @@ def read_batches(
     decode ahead; on CUDA the next batches are sent while the model works on this one. All ranks
     call it together. Close the iterator when done.
     """
-    stored, cuda = split.decoded is not None, device.type == "cuda"
-    read = partial(gather, split, pin=cuda) if stored else partial(decode, split)
-    side = torch.cuda.Stream(device) if cuda else None  # of the copies to the device
+    cuda, threads = device.type == "cuda", 0 if split.decoded else min(workers, len(batches))
+    copies = torch.cuda.Stream(device) if cuda else None
 
     def send(indices: list[int]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        images = read_batch(split, indices, pin=cuda)
         if not cuda:
-            return runtime.to_device(read(indices), device), None
+            return runtime.to_device(images, device), None
         # A thread's device is the first one, whatever the rank's
-        with torch.cuda.device(device), torch.cuda.stream(side):
-            return runtime.to_device(read(indices), device), side.record_event()
+        with torch.cuda.device(device), torch.cuda.stream(copies):
+            return runtime.to_device(images, device), copies.record_event()
 
-    def reading() -> Iterator[dict[str, Tensor]]:
-        threads = 0 if stored else min(workers, len(batches))
+    def receive() -> Iterator[dict[str, Tensor]]:
         for images, sent in ahead(send, batches, max(threads, int(cuda))):
             if cuda:
                 work = torch.cuda.current_stream(device)
@@ -436,23 +445,21 @@ def read_batches(
                     image.record_stream(work)  # its memory is not for the next copy before that
             yield images
 
-    return reading()
+    return receive()  # not a generator itself: the store is opened now, by all ranks
 
 
-def decode(split: Split, indices: list[int]) -> dict[str, Tensor]:
-    """A batch from its samples' files."""
-    samples = [split[i][0] for i in indices]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def gather(split: Split, indices: list[int], pin: bool) -> dict[str, Tensor]:
-    """A batch out of the store."""
-    order, images = torch.tensor(indices), {}
-    for modality in split.samples[indices[0]].images:
+def read_batch(split: Split, indices: list[int], pin: bool) -> dict[str, Tensor]:
+    """The images of these samples, from the store (into pinned memory) or from their files."""
+    modalities = split.samples[indices[0]].images
+    if not split.decoded:
+        images = [split.read(split.samples[i]) for i in indices]
+        return {name: torch.stack([image[name] for image in images]) for name in modalities}
+    order, batch = torch.tensor(indices), {}
+    for modality in modalities:
         stored = split.decoded[modality]
         out = torch.empty(len(order), *stored.shape[1:], dtype=torch.uint8, pin_memory=pin)
-        images[modality] = torch.index_select(stored, 0, order, out=out)
-    return images
+        batch[modality] = torch.index_select(stored, 0, order, out=out)
+    return batch
 
 
 # --- finding the files
@@ -462,7 +469,6 @@ def gather(split: Split, indices: list[int], pin: bool) -> dict[str, Tensor]:
 class Dataset:
     """Splits of a data set; `mean` and `std`: modality -> three channels, of values from 0 to 1."""
 
-    name: str
     modalities: tuple[str, ...]
     train: Split
     query: Split
@@ -472,13 +478,13 @@ class Dataset:
 
 
 class Found(NamedTuple):
-    """What one layout finds in a folder."""
+    """What is found in a folder by one layout."""
 
     base: Path
-    example: str
+    example: str  # of the paths of files, for messages
     modalities: tuple[str, ...]  # in the data set's order
     samples: dict[str, list[Sample]]  # by split
-    not_taken: dict[str, str]  # what is no sample, and why
+    not_taken: dict[str, str]  # path -> why it is no sample
 
     def describe(self) -> str:
         """How many files of the data set were not taken, and why the first were not; or ""."""
@@ -488,61 +494,55 @@ class Found(NamedTuple):
 
 
 def load_dataset(
-    name: str, root, modalities=None, image_size=None, store_gb=0.0, need=SPLITS, render=False
+    name: str, root, modalities=None, image_size=None, store_gb=0.0, need=SPLITS
 ) -> Dataset:
     """Find the files of a data set; `root` is its folder, the parent of it, or the file of "csv".
 
     `modalities` keeps those alone, `image_size` (height, width) resizes, `store_gb` bounds the
-    store, splits that are not in `need` may be empty, `render` makes the synthetic set where it is
-    absent. Training samples that lack a modality are left out; query and gallery samples stay with
-    what they have. Warns of that, of other counts than the known ones, and of files not taken.
-    Raises UserError where a split is empty.
+    store, splits that are not in `need` may be empty. Training samples that lack a modality are
+    left out; query and gallery samples stay with what they have. Warns of that, of other counts
+    than the known ones, and of files not taken. Raises UserError where a split is empty.
     """
-    found = find(name, Path(root), render)
+    found = find(name, Path(root))
     chosen = runtime.in_order(modalities or found.modalities, found.modalities, str(found.base))
     if text := found.describe():
         runtime.warn(f"{found.base}: {text}")
     splits, facts = {}, DATASETS[name]
     for split, known in zip(SPLITS, facts.counts or (0, 0, 0), strict=True):
-        # Only an evaluation leaves a split out that is there: it does not look at "train"
-        samples = usable(found, split, chosen, split in need or split != "train")
+        # Training compares all modalities; a test sample may have lost one, as a sensor fails
+        everything = [sample.only(chosen) for sample in found.samples[split]]
+        least = len(chosen) if split == "train" else 1
+        samples = [sample for sample in everything if len(sample.images) >= least]
         splits[split] = Split(samples, chosen, image_size, store_gb)
         if split in need and not samples:
-            why = f"no usable images in {split}; expected {found.example}"
-            if found.samples[split]:
-                why = f"no {split} sample has all of {', '.join(chosen)}: the files of one moment"
-                why += f" must have the same name, as in {found.example}"
-            raise UserError(f"{found.base}: {why}")
+            text = f"no usable images in {split}; expected {found.example}"
+            if everything:
+                wanted = f"{'all' if split == 'train' else 'any'} of {', '.join(chosen)}"
+                text = f"no {split} sample has {wanted}; the files of one moment must have the same"
+                text += f" name, as in {found.example}"
+            raise UserError(f"{found.base}: {text}")
+        lacking = [sample.name for sample in everything if len(sample.images) < len(chosen)]
+        # An evaluation needs no "train", so what that lacks is no news to it
+        if lacking and (split in need or split != "train"):
+            text = f"{len(lacking)} of {len(everything)} {split} samples lack a modality"
+            names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+            left_out = len(everything) - len(samples)
+            runtime.warn(f"{text}, of which {left_out} are left out: {names}")
         if samples and known not in (0, len(samples)):
             text = f"{split} has {len(samples)} samples, {name} is known to have {known}"
-            runtime.warn(f"{found.base}: {text}; going on with what is there")
+            runtime.warn(f"{found.base}: {text}; continuing with these")
     mean, std = ({m: facts.mean_std.get(m, IMAGENET)[i] for m in chosen} for i in (0, 1))
-    return Dataset(name, chosen, **splits, mean=mean, std=std)
+    return Dataset(chosen, **splits, mean=mean, std=std)
 
 
-def usable(found: Found, split: str, chosen: tuple[str, ...], say: bool) -> list[Sample]:
-    """The samples that a split can use; `say` how many lack a modality, and which."""
-    samples = [sample.only(chosen) for sample in found.samples[split]]
-    what = "are left out" if split == "train" else "stay, with what they have"
-    for lacking, text in (
-        ([s for s in samples if not s.images], f"have none of {', '.join(chosen)}; left out"),
-        ([s for s in samples if 0 < len(s.images) < len(chosen)], f"lack a modality and {what}"),
-    ):
-        if lacking and say:
-            names = ", ".join([s.name for s in lacking[:3]] + ["..."] * (len(lacking) > 3))
-            runtime.warn(f"{len(lacking)} of {len(samples)} {split} samples {text}: {names}")
-    least = len(chosen) if split == "train" else 1
-    return [sample for sample in samples if len(sample.images) >= least]
-
-
-def find(name: str, root: Path, render: bool = False) -> Found:
+def find(name: str, root: Path) -> Found:
     """The data set in `root` or in the folder of its name there. Raises UserError where none is."""
     if name not in DATASETS:
         raise UserError(f"data set {name!r}: expected one of {', '.join(DATASETS)}")
     if name == "csv":
         return read_table(root.absolute())
     if name == "synthetic":
-        root = synthetic_folder(root, render)
+        root = runtime.imported("synthetic.render.find_folder")(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; --data-root is the data set's, or its parent")
     facts = DATASETS[name]
@@ -552,52 +552,61 @@ def find(name: str, root: Path, render: bool = False) -> Found:
     # The first of those with most splits: rgbir/query alone may be a part of another layout
     found = max(candidates, key=lambda found: sum(map(bool, found.samples.values())))
     if not any(found.samples.values()):
-        seen = [f"; {text}" for other in candidates if (text := other.describe())]
-        trees = ", or ".join(facts.layouts) + "".join(seen[:1])
-        raise UserError(f"{root}: no {name} found there or in {root / name}; expected {trees}")
+        paths = ", or ".join(map(str, facts.layouts))
+        text = f"{root}: no {name} found there or in {root / name}; expected {paths}"
+        seen = [candidate.describe() for candidate in candidates]
+        raise UserError("; ".join([text, *filter(None, seen)]))
     return found
 
 
-def match_layout(base: Path, facts: Facts, example: str) -> Found:
-    """All samples below `base` whose paths match one of the data set's layouts."""
-    layout, splits = facts.layouts[example], {split: {} for split in SPLITS}
-    folders, not_taken = set(), {}
-    for path, entry in walk(base, layout.count("/"), layout.split("/")[0]):
+def match_layout(base: Path, facts: Facts, layout: Layout) -> Found:
+    """All samples below `base` whose paths are as the layout says."""
+    regex, splits, folders, not_taken = layout.regex(), {s: {} for s in SPLITS}, set(), {}
+    # Only folders that can hold the data set are entered: beside it there may be anything
+    for path, entry in walk(base, regex.count("/"), regex.split("/")[0]):
         stem, suffix = os.path.splitext(path)
-        match = re.fullmatch(layout, stem, re.ASCII)
-        groups = {k: v for k, v in match.groupdict().items() if v is not None} if match else {}
-        if "modality" in groups:
-            folders.add(groups["modality"])
-        problems = {
-            BESIDE: "/" not in path,
-            "a folder, where files are expected": entry.is_dir(),
-            f"read are {' '.join(SUFFIXES)}": suffix.lower() not in SUFFIXES,
-            "its path or name is not as expected": not match,
-            "a link to a file that is not there": not entry.is_file(),
-        }
-        why = next((text for text, found in problems.items() if found), "")
-        if why := why or place(Path(entry), groups, facts, splits):
+        match = re.fullmatch(regex, stem, re.ASCII)
+        parts = match.groupdict() if match else {}
+        if "modality" in parts:
+            folders.add(parts["modality"])
+        if "/" not in path:
+            why = BESIDE
+        elif entry.is_dir():
+            why = "a folder, where files are expected"
+        elif suffix.lower() not in SUFFIXES:
+            why = f"its name does not end in {' '.join(SUFFIXES)}"
+        elif not match:
+            why = "its path or name is not as expected"
+        elif not entry.is_file():
+            why = "a link to a file that is not there"
+        else:
+            why = add_file(Path(entry), parts, facts, layout, splits)
+        if why:
             not_taken[printable(path)] = why
-    for folder in folders:
-        check_modality(folder, base)
-    if facts.query_names and "<test>" in layout:
-        names = {printable(path.stem) for path in (base / facts.query_names).glob("*")}
+    if layout.query_names:
+        names = {printable(path.stem) for path in (base / layout.query_names).glob("*")}
         queries = splits["query"].items()
-        splits["query"] = {key: s for key, s in queries if key.rpartition("/")[2] in names}
-    usual = [name for name in _RNT if name in folders]
-    modalities = facts.modalities or (*usual, *sorted(folders - {*usual}))
+        splits["query"] = {name: s for name, s in queries if name.rpartition("/")[2] in names}
+    modalities = facts.modalities
+    if not modalities:
+        for folder in sorted(folders):
+            check_modality(folder, base)
+        usual = [name for name in RNT if name in folders]
+        modalities = (*usual, *sorted(folders - {*usual}))
     samples = {
-        split: [sample.only(modalities) for _, sample in sorted(found.items())]
-        for split, found in splits.items()
+        split: [sample.only(modalities) for _, sample in sorted(by_name.items())]
+        for split, by_name in splits.items()
     }
-    return Found(base, example, modalities, samples, not_taken)
+    return Found(base, str(layout), modalities, samples, not_taken)
 
 
 def walk(folder, depth: int, first: str, above: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """Relative paths of what lies `depth` folders below, of which `first` matches the first.
+    """Relative path and entry of all that lies `depth` folders below `folder`, sorted.
 
-    And of what is not such a folder on the way there. Links are followed, no deeper.
+    `first` is a regular expression for the first of these folders. What stands on the way and is
+    no such folder is given, too, so that it can be named as not taken. Links are followed.
     """
+    # Sorted: the order of a folder depends on the file system, and a run shall not
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if HIDDEN.fullmatch(entry.name):
             continue
@@ -607,22 +616,32 @@ def walk(folder, depth: int, first: str, above: str = "") -> Iterator[tuple[str,
             yield above + entry.name, entry
 
 
-def place(path: Path, groups: dict, facts: Facts, splits: dict[str, dict[str, Sample]]) -> str:
-    """Add a file to its sample; returns why not, where another file has its place."""
-    pid, key = int(groups["pid"]), int(groups["key"]) - facts.first_key
+def add_file(path: Path, parts: dict, facts: Facts, layout: Layout, splits: dict) -> str:
+    """Add a file to its sample in `splits`, {split: {name: Sample}}; returns "", or why not.
+
+    `parts`: the groups of the layout's regular expression.
+    """
+    pid, key = int(parts.get("pid") or parts["identity"]), int(parts["key"]) - facts.first_key
     if pid == facts.junk:
         return ""
-    if "modality" in groups:
-        tiles = {groups["modality"]: None}
+    if "modality" in parts:
+        folders = layout.modalities or facts.modalities
+        names = dict(zip(folders, facts.modalities, strict=True))
+        tiles = {names.get(parts["modality"], parts["modality"]): None}
+    elif len(facts.modalities) > 1:  # a mosaic
+        tiles = {modality: tile for tile, modality in enumerate(facts.modalities)}
     else:
-        tiles = dict.fromkeys(name for name in facts.modalities if name in groups)
-        tiles = tiles or {name: tile for tile, name in enumerate(facts.modalities)}  # a mosaic
-    name = printable("/".join(groups[group] for group in ("folder", "name") if group in groups))
-    for split in ("query", "gallery") if "test" in groups else splits.keys() & groups.keys():
+        tiles = {facts.modalities[0]: None}
+    name = printable("/".join(parts[part] for part in ("identity", "name") if part in parts))
+    # One folder may hold two splits, as where every test sample is a query, too
+    for split, folder in zip(SPLITS, layout.splits, strict=True):
+        if folder != parts["split"]:
+            continue
         images = splits[split].setdefault(name, Sample(name, pid, key, {})).images
-        if twins := images.keys() & tiles.keys():
-            return f"the same sample as {printable(images[twins.pop()][0].name)}"
-        images.update({modality: (path, tile) for modality, tile in tiles.items()})
+        for modality, tile in tiles.items():
+            if modality in images:
+                return f"the same sample as {printable(images[modality][0].name)}"
+            images[modality] = (path, tile)
     return ""
 
 
@@ -644,7 +663,6 @@ def read_table(path: Path) -> Found:
 
     Files are relative to the CSV's folder; an empty cell is a modality that the sample lacks.
     """
-    fixed = ("split", "identity", "camera")
     example = "the columns split, identity, camera, rgb, ... and e.g. train,red bus,gate 2,a.jpg"
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -652,58 +670,26 @@ def read_table(path: Path) -> Found:
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error}); expected {example}") from None
-    columns = reader.fieldnames or ()
+    columns, fixed = reader.fieldnames or (), ("split", "identity", "camera")
     modalities = tuple(column for column in columns if column not in fixed)
-    if not {*fixed} < {*columns}:
+    if not modalities or not {*fixed} <= {*columns}:
         raise UserError(f"{path}: its columns are {', '.join(columns)}; expected {example}")
     for modality in modalities:
         check_modality(modality, path)
-    samples, not_taken = {split: [] for split in SPLITS}, {}
-    ids, cameras = {}, {}  # numbers over all splits: query and gallery must agree
+    samples, not_taken, ids, cameras = {split: [] for split in SPLITS}, {}, {}, {}
     for line, row in rows:
         images = {m: (path.parent / row[m], None) for m in modalities if row[m]}
         if row["split"] not in SPLITS or not row["identity"] or not images or None in row:
             not_taken[f"line {line}"] = f"expected {example}"
             continue
-        name = printable(f"{row['identity']}_c{row['camera']}_{line:06d}")
+        # Numbered over all splits, so that query and gallery agree on who is who
         pid = ids.setdefault(row["identity"], len(ids))
         key = cameras.setdefault(row["camera"], len(cameras))
+        name = printable(f"{row['identity']}_c{row['camera']}_{line:06d}")
         samples[row["split"]].append(Sample(name, pid, key, images))
-    samples = {split: sorted(own, key=lambda s: s.name) for split, own in samples.items()}
+    for listed in samples.values():
+        listed.sort(key=lambda sample: sample.name)
     return Found(path, example, modalities, samples, not_taken)
-
-
-def synthetic_folder(root: Path, render: bool) -> Path:
-    """The synthetic set's folder, ROOT or ROOT/synthetic, which `render` makes where it is absent.
-
-    A child process renders it, which ends with this one.
-    """
-    from synthetic.render import VERSION  # upward, for this data set alone
-
-    with runtime.rank0_first():
-        folder = root if (root / "VERSION").exists() else root / "synthetic"
-        if render and not folder.exists():
-            runtime.print0(f"rendering the synthetic set into {folder}")
-            command = [sys.executable, "-m", "synthetic.render", "--out", str(folder.absolute())]
-            here = Path(__file__).parent
-            with runtime.deferred_signals(), subprocess.Popen(command, cwd=here) as child:
-                try:
-                    while child.poll() is None and not runtime.noted_signal():
-                        time.sleep(0.1)
-                finally:
-                    child.terminate()
-                if number := runtime.noted_signal():
-                    raise runtime.Stopped(number, "stopped while rendering the synthetic set")
-            if child.returncode:
-                raise UserError(f"{folder}: rendering failed; see above")
-    file = folder / "VERSION"
-    version = file.read_text().strip() if file.exists() else "none"
-    if version != str(VERSION):
-        raise UserError(
-            f"{folder}: found version {version} of the synthetic set, expected {VERSION}; delete"
-            f" the folder if it is there, and run python -m synthetic.render --out {folder}"
-        )
-    return folder
 
 
 def hold_out(train: Split, num_ids: int) -> tuple[Split, Split, Split]:
@@ -730,7 +716,7 @@ def make_triplets(pids: np.ndarray, positives: int, rng: np.random.Generator) ->
     identity. Its positives are distinct where the identity has that many others, else all of them
     in turn; each row has a negative of its own.
     """
-    order = np.argsort(pids, kind="stable")
+    order = np.argsort(pids, kind="stable")  # one identity after the other
     starts = np.flatnonzero(np.r_[True, np.diff(pids[order]) != 0])
     rows = []
     for start, end in zip(starts, [*starts[1:], len(pids)], strict=True):
@@ -741,11 +727,15 @@ def make_triplets(pids: np.ndarray, positives: int, rng: np.random.Generator) ->
         if n <= 1000:
             # Each anchor goes its own way round the other samples of its identity
             offset = rng.permuted(np.tile(np.arange(1, n), (n, 1)), axis=1)[:, turns]
-        else:  # n x n numbers would fill the memory: from a random start by steps of one length
+        else:
+            # n permutations would fill the memory: each anchor goes round in steps of one length,
+            # or of 1 where it would be back at its start before it has all its positives
             first, step = rng.integers(0, n - 1, (n, 1)), rng.integers(1, n - 1, (n, 1))
-            step[np.gcd(step, n - 1) * positives > n - 1] = 1  # one that comes back too early
+            period = (n - 1) // np.gcd(step, n - 1)
+            step = np.where(period < positives, 1, step)
             offset = 1 + (first + step * turns) % (n - 1)
         positive = start + (np.arange(n)[:, None] + offset) % n
+        # Drawn from the len(pids) - n samples of the others, which lie before and after these n
         negative = rng.integers(0, len(pids) - n, (n, positives))
         negative += n * (negative >= start)
         anchor = np.broadcast_to(np.arange(start, end)[:, None], positive.shape)
@@ -762,7 +752,8 @@ class TripletSampler:
     """
 
     def __init__(self, pids: Tensor, batch_size: int, positives: int, seed: int):
-        # A copy: torch moves a tensor that is sent to another process
+        # A copy: torch moves a tensor that it sends to a process, such as one of a user's
+        # DataLoader, and a view would read the memory that this frees
         self.pids = pids.numpy().copy()
         self.batch_size, self.positives, self.seed = batch_size, positives, seed
         ids, counts = np.unique(self.pids, return_counts=True)
@@ -805,13 +796,12 @@ class IdentitySampler(TripletSampler):
 
     def steps(self, epoch: int) -> np.ndarray:
         rng = runtime.numpy_rng(self.seed, 3, epoch)
-        steps = np.empty((self.num_steps, self.num_ids, self.samples), dtype=np.int64)
-        for step in steps:
-            identities = rng.choice(len(self.groups), self.num_ids, replace=False)
-            for row, identity in zip(step, identities, strict=True):
+        images = []
+        for _ in range(self.num_steps):
+            for identity in rng.choice(len(self.groups), self.num_ids, replace=False):
                 group = self.groups[identity]
-                row[:] = rng.choice(group, self.samples, replace=len(group) < self.samples)
-        return steps.reshape(self.num_steps, 3, self.batch_size)
+                images.append(rng.choice(group, self.samples, replace=len(group) < self.samples))
+        return np.stack(images).reshape(self.num_steps, 3, self.batch_size)
 
 
 def share_out(batch_size: int, per_pass: int, ranks: int) -> list[list[slice]]:
@@ -890,10 +880,11 @@ class Normalise:
     """
 
     def __init__(self, mean: dict, std: dict, device: torch.device):
-        self.mean, self.std = (
-            {name: 255 * torch.tensor(x, device=device).view(3, 1, 1) for name, x in values.items()}
-            for values in (mean, std)
-        )
+        def on_device(values: dict) -> dict[str, Tensor]:
+            channels = {name: torch.tensor(x, device=device) for name, x in values.items()}
+            return {name: 255 * x.view(3, 1, 1) for name, x in channels.items()}
+
+        self.mean, self.std = on_device(mean), on_device(std)
 
     def __call__(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -910,6 +901,6 @@ def add_options(parser, trained: bool = False) -> None:
     text = f"the data set's folder or its parent; of csv, the file{default}"
     add("--data-root", metavar="PATH", default=None if trained else "data", help=text)
     text = f"e.g. rgb,tir (default: {'all that were trained' if trained else 'all there are'})"
-    add("--modalities", nargs="+", action=runtime.Names, type=runtime.names, help=text)
+    add("--modalities", action=runtime.Names, help=text)
     text = "disk space for decoded images (~/.cache/graft); 0: decode each time they are needed"
     add("--store", metavar="GB", type=runtime.real(0), default=STORE_GB, help=text)

@@ -1,18 +1,17 @@
-"""Check a data set: read every image, list what is wrong, and say what there is.
+"""Check a data set: read every image, list what is wrong, and count what is there.
 
 python -m extras.check --dataset folder --data-root mine
     --contact-sheet sheet.jpg                              draws some identities by some cameras
 
-Errors block training or evaluation, and they alone make the exit code 2. Warnings cost samples or
-accuracy. Notes may be as they are.
+Errors prevent training or evaluation; only they make the exit code 2. Warnings cost samples or
+accuracy. Notes need no action.
 
 Shapes: N samples, H height, W width.
 """
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -25,12 +24,12 @@ import data
 import runtime
 from runtime import UserError
 
-LOOKED_AT = 200  # samples, evenly spread, for the alignment of the sensors
-SIDE = 128  # pixels of the longer side, for the same
-NEAR = 0.02  # of a side: what counts as aligned
-SHARED = 0.1  # of the samples must agree on a shift; a shift drawn at random is right for 0.2%
+LOOKED_AT = 200  # samples, evenly spread, by which the alignment of the sensors is measured
+SIDE = 128  # pixels of their longer side
+NEAR = 0.02  # of a side: shifts up to this count as aligned
+AGREEING = 0.1  # of the samples must agree on a shift; a random one fits 0.2% of them
 
-Lines = dict[str, list[str]]  # "errors", "warnings", "notes" -> one line for each thing
+Lines = dict[str, list[str]]  # "errors", "warnings", "notes" -> one line for each finding
 
 
 @runtime.program
@@ -41,30 +40,28 @@ def main() -> None:
     text = "the data set's folder or its parent; of csv, the file"
     add("--data-root", metavar="PATH", type=Path, required=True, help=text)
     text = "e.g. rgb,tir (default: all there are)"
-    add("--modalities", metavar="NAMES", type=runtime.names, help=text)
-    text = "a picture of some identities by some cameras, a sample's sensors below one another"
+    add("--modalities", action=runtime.Names, help=text)
+    text = "picture to draw: a row for each of some identities, a column for each of some cameras"
     add("--contact-sheet", metavar="FILE", type=Path, help=text)
     args = parser.parse_args()
     runtime.check_output(args.contact_sheet, "--contact-sheet", (".jpg", ".jpeg", ".png"))
     found = data.find(args.dataset, args.data_root)
-    splits, lines = check(
-        found,
-        args.dataset,
-        runtime.in_order(args.modalities or found.modalities, found.modalities, str(found.base)),
-    )
+    known = found.modalities
+    modalities = runtime.in_order(args.modalities or known, known, str(found.base))
+    splits, lines = check(found, args.dataset, modalities)
     if args.contact_sheet:
         contact_sheet(splits["train"], args.contact_sheet)
-        print(f"{args.contact_sheet}: some identities of train by some cameras")
-    for kind, own in lines.items():
-        print(f"{kind}: {len(own)}", *own, sep="\n  ")
-    counts = ", ".join(f"{kind} {len(own)}" for kind, own in lines.items())
+        print(f"wrote {args.contact_sheet}: some identities of train by some cameras")
+    for kind, findings in lines.items():
+        print(f"{kind}: {len(findings)}", *findings, sep="\n  ")
     sys.stdout.flush()  # so that a reader that has gone, as `| head`, is noticed here
     if lines["errors"]:
+        counts = ", ".join(f"{len(findings)} {kind}" for kind, findings in lines.items())
         raise UserError(f"{found.base}: {counts}; see above")
 
 
 def check(found: data.Found, name: str, modalities) -> tuple[dict[str, data.Split], Lines]:
-    """Print what a data set holds; returns its splits, and what is to be said of it."""
+    """Print what a data set holds; returns its splits, and the findings."""
     lines: Lines = {"errors": [], "warnings": [], "notes": []}
     for path, why in found.not_taken.items():
         lines["notes" if why == data.BESIDE else "warnings"].append(f"{path}: {why}")
@@ -80,18 +77,17 @@ def check(found: data.Found, name: str, modalities) -> tuple[dict[str, data.Spli
         elif known not in (0, len(samples)):
             counts = f"{len(samples)} samples, {name} is known to have {known}"
             lines["warnings"].append(f"{split}: {counts}")
-        own, problems = read_all(splits[split], split)
-        print(*describe(splits[split], split, own), sep="\n")
-        lines["errors"] += problems
-        sizes += own
+        split_sizes, unreadable = read_all(splits[split], split)
+        print(*describe(splits[split], split, split_sizes), sep="\n")
+        lines["errors"] += unreadable
+        sizes += split_sizes
     for kind, text in consistency(splits):
         lines[kind].append(text)
     if sizes:
         (_, W, H), _ = sizes.most_common(1)[0]
         size = tuple(max(16, round(SIDE * side / max(W, H))) for side in (H, W))
-        seen = [sample for split in splits.values() for sample in spread(split.samples)]
-        for line in alignment_lines(data.Split(spread(seen), modalities, size)):
-            print(line)
+        some = [sample for split in splits.values() for sample in spread(split.samples)]
+        print(*alignment_lines(data.Split(spread(some), modalities, size)), sep="\n")
     return splits, lines
 
 
@@ -106,26 +102,26 @@ def spread(items: list, count: int = LOOKED_AT) -> list:
 
 def read_all(split: data.Split, name: str) -> tuple[Counter, list[str]]:
     """Decode every image: counts of (modality, width, height), and a line for each bad file."""
-    sizes, problems = Counter(), {}
-    for result in data.in_threads(partial(read_sample, split), split.samples, f"reading {name}"):
+    sizes, unreadable = Counter(), {}  # a dict, since all tiles of a mosaic give the same line
+    for result in data.in_threads(read_sample, split.samples, f"reading {name}"):
         for modality, value in result.items():
             if isinstance(value, str):
-                problems[value] = None  # once, for all tiles of a mosaic
+                unreadable[value] = None
             else:
                 sizes[modality, *value] += 1
-    return sizes, list(problems)
+    return sizes, list(unreadable)
 
 
-def read_sample(split: data.Split, sample: data.Sample) -> dict[str, tuple[int, int] | str]:
+def read_sample(sample: data.Sample) -> dict[str, tuple[int, int] | str]:
     """Width and height of each of a sample's images, or why it cannot be read."""
-    try:
-        images = split.read(sample)
-        return {modality: image.shape[:0:-1] for modality, image in images.items()}
-    except UserError as error:
-        if len(sample.images) == 1:
-            return {next(iter(sample.images)): str(error)}
-    alone = [read_sample(split, sample.only([modality])) for modality in sample.images]
-    return {modality: value for one in alone for modality, value in one.items()}
+    results = {}
+    for path, tile in dict(sample.images.values()).items():  # each file once
+        try:
+            W, H = data.read_image(path, tile).size
+            results[path] = (W if tile is None else 2 * H, H)
+        except UserError as error:
+            results[path] = str(error)
+    return {modality: results[path] for modality, (path, _) in sample.images.items()}
 
 
 def describe(split: data.Split, name: str, sizes: Counter) -> Iterator[str]:
@@ -133,34 +129,35 @@ def describe(split: data.Split, name: str, sizes: Counter) -> Iterator[str]:
     ids, keys = len(split.pids.unique()), len(split.keys.unique())
     yield f"{name}: {len(split)} samples, {ids} identities, {keys} cameras or scenes"
     for modality in split.modalities:
-        own = [(W, H, n) for (m, W, H), n in sizes.most_common() if m == modality]
-        shown = ", ".join(f"{W}x{H} ({n})" for W, H, n in own[:3]) or "none that can be read"
-        more = f" and {len(own) - 3} other sizes" if len(own) > 3 else ""
-        yield f"  {modality}: {sum(n for _, _, n in own)} images, {shown}{more}"
+        found = [(W, H, n) for (m, W, H), n in sizes.most_common() if m == modality]
+        shown = ", ".join(f"{W}x{H} ({n})" for W, H, n in found[:3]) or "none that can be read"
+        more = f" and {len(found) - 3} other sizes" if len(found) > 3 else ""
+        yield f"  {modality}: {sum(n for _, _, n in found)} images, {shown}{more}"
 
 
 def consistency(splits: dict[str, data.Split]) -> Iterator[tuple[str, str]]:
     """Identities that cannot be trained on, queries that cannot be found, leaks: (kind, line)."""
     train, query, gallery = (splits[name] for name in data.SPLITS)
-    whole = [len(sample.images) == len(train.modalities) for sample in train.samples]
-    pids = train.pids[torch.tensor(whole, dtype=torch.bool)]
-    if len(train):
-        try:
-            data.TripletSampler(pids, 1, 1, 0)
-        except UserError as error:
-            yield "errors", f"train: {error}"
-    counts = Counter(pids.tolist())
-    for pid in [pid for pid, count in counts.items() if count == 1]:
-        yield "warnings", f"train: identity {pid} has a single sample, so no positive"
-    keys: dict[int, set[int]] = {}
+    whole = [s for s in train.samples if len(s.images) == len(train.modalities)]
+    counts = Counter(sample.pid for sample in whole)
+    try:
+        if len(train):
+            data.TripletSampler(train.subset(whole).pids, 1, 1, 0)
+    except UserError as error:
+        yield "errors", f"train: {error}"
+    for pid, count in counts.items():
+        if count == 1:
+            yield "warnings", f"train: identity {pid} has a single sample, so no positive"
+    keys = defaultdict(set)
     for sample in gallery.samples:
-        keys.setdefault(sample.pid, set()).add(sample.key)
-    lost = [s.name for s in query.samples if not keys.get(s.pid, set()) - {s.key}]
+        keys[sample.pid].add(sample.key)
+    lost = [s.name for s in query.samples if not keys[s.pid] - {s.key}]
     if lost and len(lost) == len(query):
         yield "errors", "query: none has a match in the gallery from another camera or scene"
-    for name in lost if len(lost) < len(query) else ():
-        yield "warnings", f"query: {name} has no match from another camera or scene"
-    for pid in sorted(counts.keys() & keys.keys()):
+    else:
+        for name in lost:
+            yield "warnings", f"query: {name} has no match from another camera or scene"
+    for pid in sorted({sample.pid for sample in gallery.samples} & counts.keys()):
         yield "warnings", f"identity {pid} is in the training data and in the gallery"
 
 
@@ -174,32 +171,29 @@ def alignment_lines(split: data.Split) -> Iterator[str]:
         try:
             images = split.read(sample)
         except UserError:
-            continue  # named among the errors
+            continue  # listed among the errors
         if len(images) == len(split.modalities):
             for modality, image in images.items():
                 greys[modality].append(image.float().mean(0))
     for a, b in combinations(split.modalities, 2):
         if not greys[a]:
-            yield f"{a} and {b}: no sample has all sensors, so alignment is not known"
+            yield f"{a} and {b}: no sample has all sensors, so their alignment is unknown"
             continue
-        share, shift, agreeing = alignment(torch.stack(greys[a]), torch.stack(greys[b]))
-        across, down = (f"{100 * x:+.0f}%" for x in shift)
-        text = "no common alignment"
-        if agreeing >= SHARED:
-            text = "aligned" if max(map(abs, shift)) <= NEAR else f"shifted by {across}, {down}"
-        yield (
-            f"{a} and {b}: {text} (all samples together fit best at {across} across, {down} down;"
-            f" by itself each fits within {100 * NEAR:g}% of the side in {100 * share:.0f}% of"
-            f" {len(greys[a])})"
-        )
+        (across, down), agreeing = alignment(torch.stack(greys[a]), torch.stack(greys[b]))
+        text = f"shifted by {100 * across:+.0f}% across and {100 * down:+.0f}% down"
+        if max(abs(across), abs(down)) <= NEAR:
+            text = "aligned"
+        if agreeing < AGREEING:
+            text = "no common alignment"
+        yield f"{a} and {b}: {text} ({100 * agreeing:.0f}% of {len(greys[a])} samples agree)"
 
 
-def alignment(a: Tensor, b: Tensor) -> tuple[float, tuple[float, float], float]:
+def alignment(a: Tensor, b: Tensor) -> tuple[tuple[float, float], float]:
     """How far b's images (N, H, W) are shifted against a's.
 
-    Returns the share of samples whose own best shift is within NEAR of none, the shift (across,
-    down) that fits all together best, as a share of the sides, and how many samples agree with it.
-    One sample alone may mislead: by night RGB shows little of what TIR shows.
+    Returns the shift (across, down) that fits all samples together best, as a share of the sides,
+    and the share of samples whose best shift by themselves is near it. One sample alone may
+    mislead: by night RGB shows little of what TIR shows.
     """
     H, W = a.shape[1:]
     cross = torch.fft.rfft2(edges(a)).conj() * torch.fft.rfft2(edges(b))
@@ -207,18 +201,16 @@ def alignment(a: Tensor, b: Tensor) -> tuple[float, tuple[float, float], float]:
     surface = torch.fft.irfft2(cross / cross.abs().clamp(min=1e-9).sqrt(), s=(H, W))
     surface = surface / surface.flatten(1).norm(dim=1).clamp(min=1e-9)[:, None, None]
 
-    def place(peak: Tensor) -> Tensor:
+    def to_shift(peak: Tensor) -> Tensor:
         """Flat index -> shift across and down, in shares of the sides: (..., 2)."""
         x, y = peak % W, peak // W
         return torch.stack([(x - W * (x > W // 2)) / W, (y - H * (y > H // 2)) / H], -1)
 
-    own = place(surface.flatten(1).argmax(1))  # (N, 2)
-    common = place(surface.sum(0).argmax())
-    # Half a pixel more, where the side is short
+    each, common = to_shift(surface.flatten(1).argmax(1)), to_shift(surface.sum(0).argmax())
+    # A peak lies between pixels, so on a short side 1.5 of them are near
     near = torch.tensor([max(NEAR, 1.5 / W), max(NEAR, 1.5 / H)])
-    share = (own.abs() <= near).all(1).float().mean().item()
-    agreeing = ((own - common).abs() <= near).all(1).float().mean().item()
-    return share, tuple(common.tolist()), agreeing
+    agreeing = ((each - common).abs() <= near).all(1).float().mean().item()
+    return tuple(common.tolist()), agreeing
 
 
 def edges(x: Tensor) -> Tensor:
@@ -258,7 +250,7 @@ def contact_sheet(split: data.Split, path: Path, ids: int = 6, cameras: int = 4)
                 title += ": none"
             rows[-1].append(pictures.Cell(images, (title,)))
     if not any(cell.images for row in rows for cell in row):
-        raise UserError(f"--contact-sheet {path}: no image of train can be read, so none is drawn")
+        raise UserError(f"--contact-sheet {path}: train has no readable image to draw")
     pictures.sheet(rows, split.modalities, path)
 
 

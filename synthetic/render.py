@@ -446,6 +446,26 @@ def write_dataset(out: Path, plan: Plan, workers: int = 0) -> int:
     return len(jobs) * plan.captures * len(CAMERAS)
 
 
+def find_folder(root: Path, render: bool = False) -> Path:
+    """The synthetic set's folder, ROOT or ROOT/synthetic; `render` makes it where it is absent.
+
+    All ranks call it together. Raises UserError for a set of another version, or for none.
+    """
+    with runtime.rank0_first():
+        folder = root if (root / "VERSION").exists() else root / "synthetic"
+        if render and not folder.exists():
+            runtime.print0(f"rendering the synthetic set into {folder}")
+            write_dataset(folder, Plan())
+    file = folder / "VERSION"
+    version = file.read_text().strip() if file.exists() else "none"
+    if version != str(VERSION):
+        raise UserError(
+            f"{folder}: found version {version} of the synthetic set, expected {VERSION}; delete"
+            f" the folder if it is there, and run python -m synthetic.render --out {folder}"
+        )
+    return folder
+
+
 def end_with_parent() -> None:
     """For a rendering process: signals are its parent's affair, and it does not outlive it."""
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,19 +52,15 @@ def whole(tiny_data, tmp_path_factory):
 
 def outcome(out: Path) -> dict:
     """All that a run leaves, times and paths aside: tensors and figures by name."""
-    checkpoint = runtime.load_checkpoint(out)
-    left = {"metrics": read_json(out / "metrics.json"), "log": log(out)}
+    checkpoint, varying = runtime.load_checkpoint(out), {"seconds", "triplets_per_second"}
+    lines = [line for line in read_log(out) if line["event"] != "start"]
+    lines = [{name: v for name, v in line.items() if name not in varying} for line in lines]
+    left = {"metrics": read_json(out / "metrics.json"), "log": lines}
     for part in ("model", "criterion"):
         left |= {f"{part} {name}": value for name, value in checkpoint[part].items()}
     for number, state in checkpoint["optimizer"]["state"].items():
         left |= {f"optimizer {number} {name}": value for name, value in state.items()}
     return left
-
-
-def log(out: Path) -> list[dict]:
-    varying = {"seconds", "triplets_per_second"}
-    lines = [line for line in read_log(out) if line["event"] != "start"]
-    return [{name: v for name, v in line.items() if name not in varying} for line in lines]
 
 
 def assert_same_outcome(out: Path, other: Path) -> None:
@@ -77,68 +74,57 @@ def assert_same_outcome(out: Path, other: Path) -> None:
 # --- killed, stopped, restarted
 
 
-class Killed:
-    """train.py, killed while it writes its n-th checkpoint."""
+def altered(change) -> SimpleNamespace:
+    """train.py, after `change()` has patched it in its own process."""
 
-    __name__ = "train"
-
-    def __init__(self, n: int):
-        self.left = n
-
-    def main(self) -> None:
-        save = torch.save
-
-        def half(checkpoint, path):
-            save(checkpoint, path)
-            self.left -= 1
-            if not self.left:
-                os.truncate(path, os.path.getsize(path) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        torch.save = half
+    def main() -> None:
+        change()
         train.main()
+
+    return SimpleNamespace(__name__="train", main=main)
+
+
+def killed(n: int) -> SimpleNamespace:
+    """train.py, killed while it writes its n-th checkpoint."""
+    save, calls = torch.save, []
+
+    def half(checkpoint, path):
+        save(checkpoint, path)
+        calls.append(path)
+        if len(calls) == n:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return altered(lambda: setattr(torch, "save", half))
 
 
 def test_killed_while_writing_a_checkpoint_and_resumed(tiny_data, whole, tmp_path):
-    assert call(Killed(2), *arguments(tiny_data, tmp_path)).returncode == -signal.SIGKILL
+    assert call(killed(2), *arguments(tiny_data, tmp_path)).returncode == -signal.SIGKILL
     succeeds(train, "--resume", "--out", tmp_path)
     assert_same_outcome(whole, tmp_path)
     assert not list(tmp_path.glob(".*.tmp"))  # what was half-written is gone
 
 
-class SignalledAt:
+def signalled(step: int, number: int) -> SimpleNamespace:
     """train.py, whose last rank gets a signal in its n-th step."""
+    mean_over_ranks, calls = train.mean_over_ranks, []
 
-    __name__ = "train"
+    def at_step(sums, optimizer):
+        calls.append(sums)
+        if len(calls) == step and runtime.rank() == runtime.world_size() - 1:
+            signal.raise_signal(number)
+        return mean_over_ranks(sums, optimizer)
 
-    def __init__(self, step: int, number: int):
-        self.left, self.number = step, number
-
-    def main(self) -> None:
-        mean_over_ranks = train.mean_over_ranks
-
-        def signalled(sums, optimizer):
-            self.left -= 1
-            if not self.left and runtime.rank() == runtime.world_size() - 1:
-                signal.raise_signal(self.number)
-            return mean_over_ranks(sums, optimizer)
-
-        train.mean_over_ranks = signalled
-        train.main()
+    return altered(lambda: setattr(train, "mean_over_ranks", at_step))
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "step", "place"),
-    [
-        (signal.SIGTERM, 143, 13, "stage 1, epoch 2, step 5 of 8"),
-        (signal.SIGINT, 130, 24, "stage 2, epoch 1, step 8 of 8"),
-    ],
-)
-def test_a_signal_finishes_the_step_and_saves(
-    tiny_data, whole, tmp_path, number, code, step, place
-):
-    done = call(SignalledAt(step, number), *arguments(tiny_data, tmp_path))
-    assert done.returncode == code
+@pytest.mark.parametrize(("number", "step", "place"), [
+    (signal.SIGTERM, 13, "stage 1, epoch 2, step 5 of 8"),
+    (signal.SIGINT, 24, "stage 2, epoch 1, step 8 of 8"),
+])  # fmt: skip
+def test_a_signal_finishes_the_step_and_saves(tiny_data, whole, tmp_path, number, step, place):
+    done = call(signalled(step, number), *arguments(tiny_data, tmp_path))
+    assert done.returncode == 128 + number
     assert f"stopped after {place}: continue with --resume" in done.stderr
     assert runtime.load_checkpoint(tmp_path)["progress"]["step"] == (step - 1) % 8 + 1
     succeeds(train, *arguments(tiny_data, tmp_path), "--resume")
@@ -191,22 +177,15 @@ def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(tiny_data, tmp
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights(tiny_data, tmp_path):
     """On one of two ranks, after an epoch that was saved."""
+    forward, calls = train.Objective.forward, []
 
-    class Diverging:
-        __name__ = "train"
+    def diverged(self, *given):
+        calls.append(given)
+        scale = float("nan") if runtime.rank() == 1 and len(calls) == 13 else 1.0
+        return {name: value * scale for name, value in forward(self, *given).items()}
 
-        def main(self) -> None:
-            forward, calls = train.Objective.forward, []
-
-            def diverged(self, *given):
-                calls.append(given)
-                scale = float("nan") if runtime.rank() == 1 and len(calls) == 13 else 1.0
-                return {name: value * scale for name, value in forward(self, *given).items()}
-
-            train.Objective.forward = diverged
-            train.main()
-
-    done = call(Diverging(), *arguments(tiny_data, tmp_path), ranks=2)
+    diverging = altered(lambda: setattr(train.Objective, "forward", diverged))
+    done = call(diverging, *arguments(tiny_data, tmp_path), ranks=2)
     assert done.returncode == 2
     assert "stage 1, epoch 2, step 5: loss or gradient is not finite" in done.stderr
     checkpoint = runtime.load_checkpoint(tmp_path)
@@ -218,18 +197,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tiny_data, tmp_path)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tiny_data, tmp_path):
-    class FullDisk:
-        __name__ = "train"
-
-        def main(self) -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-            train.main()
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
     short = ["--epochs", 1, "--epoch-steps", 1]
-    call(Killed(2), *tiny_arguments(tiny_data, tmp_path), *short)
+    call(killed(2), *tiny_arguments(tiny_data, tmp_path), *short)
     before = (tmp_path / "last.pt").read_bytes()
-    line = fails(FullDisk(), "--out", tmp_path, "--resume")
+    line = fails(altered(fill), "--out", tmp_path, "--resume")
     assert "last.pt: cannot be written" in line
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -249,16 +224,14 @@ def test_a_folder_that_cannot_be_synced_is_written_all_the_same(tmp_path, monkey
 
 
 def test_two_nodes_of_one_host(trained, tmp_path):
-    common = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
-    common += ["--master-port", str(free_port())]
-    program = ["evaluate.py", str(trained), "--json", str(tmp_path / "metrics.json")]
+    words = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1"
+    words += f" --master-port {free_port()} --node-rank"
+    program = ["evaluate.py", trained, "--json", tmp_path / "metrics.json"]
     nodes = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *common, "--node-rank", n, *program],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
+            [sys.executable, *words.split(), n, *program], cwd=ROOT, stderr=subprocess.PIPE
         )
-        for n in ("0", "1")
+        for n in "01"
     ]
     for node in nodes:
         _, errors = node.communicate(timeout=200)

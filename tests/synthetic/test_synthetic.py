@@ -176,27 +176,20 @@ def test_another_range_of_the_same_sequence(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_leaves_neither_processes_nor_a_folder(tmp_path, number):
-    command = [
-        sys.executable,
-        "-m",
-        "synthetic.render",
-        "--out",
-        tmp_path / "out",
-        "--workers",
-        "2",
-    ]
+    """train.py renders as the command does: in processes that end with it."""
+    command = [sys.executable, "train.py", "--data-root", tmp_path, "--out", tmp_path / "run"]
     options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, **options) as renderer:
+    with subprocess.Popen(command, **options) as program:
         end = time.monotonic() + 60
         while not [*tmp_path.rglob("*.jpg")] and time.monotonic() < end:
             time.sleep(0.05)
         # Ctrl-C goes to all processes of a terminal
-        (os.killpg if number == signal.SIGINT else os.kill)(renderer.pid, number)
-        text = renderer.communicate(timeout=60)[1]  # ends when the last process has closed it
+        (os.killpg if number == signal.SIGINT else os.kill)(program.pid, number)
+        text = program.communicate(timeout=60)[1]  # ends when the last process has closed it
     if number == signal.SIGKILL:
         return
-    assert renderer.returncode == 128 + number
-    assert text.splitlines()[-1] == f"stopped: {tmp_path}/out was not made"
+    assert program.returncode == 128 + number
+    assert text.splitlines()[-1] == f"stopped: {tmp_path}/synthetic was not made"
     assert os.listdir(tmp_path) == []
 
 
