@@ -6,6 +6,7 @@ shows the values that a recipe takes. A value without an option is a constant of
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import data
@@ -19,11 +20,13 @@ from runtime import UserError, real, whole
 WEIGHTS = Path(__file__).parent / "weights"  # made by synthetic.pretrain, for the synthetic set
 CONSTANTS = {
     "adam_betas": (0.839, 0.978, 0.836, 0.979),  # two of each stage; published code
-    "cooldown": 0.1,  # share of the steps at the end of the sqrt schedule; paper, 5.2
     "center_lr": 1e-3,  # rate of the centroids, see D10
     "margin": None,  # of the hardest triplets; None: a soft one, Eq. (8)
     "samples": 6,  # of each identity, with --triplet hardest
+    "dropout": 0.1,  # in the modality encoders; torch's default
+    "features": "fusion",  # the embedding that is tested; paper, 3.4
 }
+PERSONS = {"image_size": (256, 128)}  # customary
 PAPER = {  # data set -> what the paper's recipe changes for it
     "synthetic": {  # ours: what reaches most in under five minutes on two CPU cores
         "backbone": "small",
@@ -49,10 +52,10 @@ PAPER = {  # data set -> what the paper's recipe changes for it
         "weight_decay": (0.001, 1.58e-4),
         "adam_betas": (0.839, 0.978, 0.759, 0.986),
     },
-    "rgbnt201": {"image_size": (256, 128)},  # customary, as for all persons
-    "msvr310": {"image_size": (128, 256)},
+    "rgbnt201": PERSONS,
+    "msvr310": {"image_size": (128, 256)},  # customary
     "wmveid863": {"image_size": (128, 256)},
-    "market1501": {"image_size": (256, 128)},
+    "market1501": PERSONS,
 }
 PLUS = {  # ours: known re-ID techniques together; experiments.ablate --table plus
     "batch_size": 26,  # 78 images: 13 identities x 6
@@ -70,9 +73,9 @@ PLUS_SYNTHETIC = {
     "epochs": (1, 4),
     "epoch_steps": (60, 0),  # frozen for 60 steps, until the new parts have warmed up
 }
-# On real data, not run here. DeMo's: Adam at 3.5e-4, the backbone at 5e-6, a cosine, images of
-# 128x256 (persons 256x128); its and TOP-ReID's: flips, erasing, pad by 10 and crop. Ours: 6 samples
-# an identity (theirs 16), triplets by squared distances, features behind the BNNeck
+# On real data, where we have not run it. DeMo's: Adam at 3.5e-4, the backbone at 5e-6, a cosine,
+# images of 128x256 (persons 256x128); its and TOP-ReID's: flips, erasing, pad by 10 and crop. Ours:
+# 6 samples of an identity (theirs 16), triplets by squared distances, features behind the BNNeck
 PLUS_REAL = {
     "image_size": (128, 256),
     "positives": 1,
@@ -87,14 +90,22 @@ PLUS_REAL = {
     "weight_decay": (1e-4, 1e-4),
     "adam_betas": (0.9, 0.999, 0.9, 0.999),
 }
-PERSONS = {"image_size": (256, 128), "modality_losses": 0.0}  # they cost TOP-ReID 7 mAP there
-PLUS_OF = {  # data set -> what plus changes: small sets take more epochs for as many steps
+PLUS_OF = {
     "synthetic": PLUS_SYNTHETIC,
-    "rgbn300": {**PLUS_REAL, "epochs": (2, 12)},
-    "rgbnt201": {**PLUS_REAL, **PERSONS, "epochs": (10, 75)},
-    "msvr310": {**PLUS_REAL, "epochs": (40, 290)},
-    "wmveid863": {**PLUS_REAL, "epochs": (13, 90)},
-    "market1501": {**PLUS_REAL, **PERSONS, "epochs": (3, 24)},
+    "rgbnt201": {**PLUS_REAL, **PERSONS},
+    "market1501": {**PLUS_REAL, **PERSONS},
+}
+OWN = {  # ours, for a user's photos without a GPU; chosen on RGB and thermal photos of streets
+    "backbone": "timm:vit_small_patch14_dinov2.lvd142m",  # has seen all kinds of real photos
+    "image_size": (56, 112),
+    "positives": 1,
+    "batch_size": 26,
+    "warmup_steps": 30,
+    "epochs": (2, 1),
+    "lr": (1e-3, 5e-5),  # stage 2's is low, so that the backbone keeps what it knows
+    # As for the synthetic set, which has as few steps; not compared with the paper's here
+    "flips": (0.5, 0.0),
+    "erase": 0.0,
 }
 
 
@@ -103,9 +114,11 @@ def recipe(name: str, dataset: str, fusion: str) -> dict:
     changes = {**CONSTANTS, **PAPER.get(dataset, {})}
     if name == "plus":
         changes |= {**PLUS, **PLUS_OF.get(dataset, PLUS_REAL)}
+    if name == "own":
+        changes |= OWN
     if fusion == "hamnet":
         changes |= runtime.imported("experiments.hamnet.recipe")(dataset)
-    if fusion not in OWN_TOKENS:
+    if fusion not in MODALITY_TOKENS:
         changes["modality_losses"] = 0.0
     return changes
 
@@ -116,23 +129,18 @@ def recipe(name: str, dataset: str, fusion: str) -> dict:
 BACKBONES = {"deit-b": {}, "small": {"dim": 192, "depth": 6, "heads": 3, "encoder_hidden": 512}}
 RESNETS = ("resnet18", "resnet50")  # HAMNet's
 SCHEDULES = ("sqrt", "cosine", "steps", "constant")
-OWN_TOKENS = ("graft", "multistream", "late")  # fusions with tokens of each modality
-
-
-def backbone(text: str) -> str:
-    """An option's type: the name of a backbone."""
-    if text not in (*BACKBONES, *RESNETS) and not text.startswith("timm:"):
-        expected = ", ".join((*BACKBONES, *RESNETS))
-        raise argparse.ArgumentTypeError(f"expected {expected} or timm:NAME, not {text}")
-    return text
+MODALITY_TOKENS = ("graft", "multistream", "late")  # fusions with tokens of each modality
 
 
 class Pair(argparse.Action):
-    """An option of each stage: two values, or one for both."""
+    """An option of two values, mostly for stage 1 and stage 2. One value stands for both."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, nargs="+", **more)
 
     def __call__(self, parser, namespace, values, option=None):
         if len(values) > 2:
-            raise argparse.ArgumentError(self, "expected two values, for stage 1 and stage 2")
+            raise argparse.ArgumentError(self, f"expected one or two values, not {len(values)}")
         setattr(namespace, self.dest, (values[0], values[-1]))
 
 
@@ -146,8 +154,8 @@ def make_parser() -> runtime.Parser:
         " stage 2;\none value is for both. Values of the paper are marked by its section.",
         prog="train.py",
     )
-    text = "plus: our own, which combines known re-ID techniques"
-    parser.add_argument("--recipe", choices=("paper", "plus"), default="paper", help=text)
+    text = "plus: ours, of known re-ID techniques; own: for photos of your own, no GPU needed"
+    parser.add_argument("--recipe", choices=("paper", "plus", "own"), default="paper", help=text)
     add_data_options(parser.add_argument_group("data"))
     add_model_options(parser.add_argument_group("model"))
     add_loss_options(parser.add_argument_group("losses, Eq. (10)"))
@@ -156,116 +164,103 @@ def make_parser() -> runtime.Parser:
     return parser
 
 
-def adder(group):
-    """Two functions that add an option: of one value or more, and of a value for each stage."""
-
-    def option(name: str, default, kind, text: str, **more) -> None:
-        if isinstance(default, tuple):
-            more |= {"nargs": len(default), "metavar": more.get("metavar", "P")}
-        if callable(kind):
-            more |= {"type": kind, "metavar": more.get("metavar", "N")}
-        else:
-            more["choices"] = kind
-        group.add_argument(name, default=default, help=text, **more)
-
-    def pair(name: str, default: tuple, kind, text: str) -> None:
-        how = {"type": kind, "metavar": "N"} if callable(kind) else {"choices": kind}
-        group.add_argument(name, default=default, action=Pair, nargs="+", help=text, **how)
-
-    return option, pair
-
-
 def add_data_options(group) -> None:
-    option, _ = adder(group)
+    add, pair = group.add_argument, partial(group.add_argument, action=Pair)
     data.add_options(group)
-    text = "height, width; paper, 5.2"
-    option("--image-size", (224, 224), whole(1, 4096), text, metavar=("H", "W"))
+    pair("--image-size", type=whole(1, 4096), default=(224, 224), help="height, width; paper, 5.2")
     text = "mean and std: the data set's own (published code), or ImageNet's"
-    option("--normalise", "dataset", ("dataset", "imagenet"), text)
-    option("--positives", 8, whole(1), "positives per anchor and epoch; paper, 5.2")
+    add("--normalise", choices=("dataset", "imagenet"), default="dataset", help=text)
+    add("--positives", type=whole(1), default=8, help="positives per anchor and epoch; paper, 5.2")
     text = "probability of a horizontal and of a vertical flip; paper, 5.2, without numbers"
-    option("--flips", (0.5, 0.5), real(0, 1), text)
-    option("--erase", 0.5, real(0, 1), "probability of random erasing; published code")
-    option("--pad", 0, whole(0, 1024), "pad by N pixels, then crop at random")
-    text = "hold out this many training identities, and evaluate them after each epoch"
-    option("--val-ids", 0, whole(0), text)
+    pair("--flips", type=real(0, 1), default=(0.5, 0.5), help=text)
+    add("--erase", type=real(0, 1), default=0.5, help="probability of erasing; published code")
+    add("--pad", type=whole(0, 1024), default=0, help="pad by N pixels, then crop at random")
+    text = "hold out N training identities, and evaluate on them after each epoch"
+    add("--val-ids", type=whole(0), default=0, help=text)
     text = "reading threads of a rank (default: its cores, at most 8)"
-    option("--workers", None, whole(0), text)
+    add("--workers", type=whole(0), help=text)
 
 
 def add_model_options(group) -> None:
-    option, pair = adder(group)
+    add, pair = group.add_argument, partial(group.add_argument, action=Pair)
     text = "deit-b (paper, 3.2), small, any ViT of timm as timm:NAME; resnet18 or resnet50 (HAMNet)"
-    option("--backbone", "deit-b", backbone, text, metavar="NAME")
+    add("--backbone", default="deit-b", metavar="NAME", help=text)
     text = "FILE, pretrained (download the released weights; paper, 3.2) or none (random)"
-    option("--backbone-weights", "pretrained", str, text, metavar="FILE")
-    option("--fusion", "graft", tuple(FUSIONS), "GraFT, or a baseline of the paper's tables")
-    option("--fusion-tokens", 1, whole(1, 1000), "number of fusion tokens (GraFT); paper, 5.2")
-    option("--data-token", 0, whole(0), "index of GraFT's data token, Eq. (11)")
-    option("--dropout", 0.1, real(0, 1), "dropout in the modality encoders; torch's default")
-    pair("--patch-dropout", (0.0, 0.0), real(0, 0.95), "share of patches that a step leaves out")
-    text = "what is tested: what enters the BNNeck (paper), or what leaves it"
-    option("--features", "fusion", ("fusion", "bnneck"), text)
+    add("--backbone-weights", default="pretrained", metavar="FILE", help=text)
+    add("--fusion", choices=FUSIONS, default="graft", help="GraFT, or a baseline of the tables")
+    add("--fusion-tokens", type=whole(1, 1000), default=1, help="how many GraFT has; paper, 5.2")
+    add("--data-token", type=whole(0), default=0, help="index of GraFT's data token, Eq. (11)")
+    text = "share of patches that a step leaves out"
+    pair("--patch-dropout", type=real(0, 0.95), default=(0.0, 0.0), help=text)
 
 
 def add_loss_options(group) -> None:
-    option, pair = adder(group)
+    add, pair = group.add_argument, partial(group.add_argument, action=Pair)
     text = (
         "tokens of anchor, positive and negative (paper, 4.3; default: FFD, baselines FFF), or"
         " hardest: batch-hard triplets, 6 samples per identity"
     )
-    option("--triplet", None, (*SCHEMES, "hardest"), text)
-    text = "Euclidean distances in Eq. (8), not squared ones; published code"
-    group.add_argument("--plain-distance", action="store_true", help=text)
-    text = "Eq. (9) as printed: the norm, not its square"
-    group.add_argument("--center-norm", action="store_true", help=text)
+    add("--triplet", choices=(*SCHEMES, "hardest"), help=text)
+    add("--plain-distance", action="store_true", help="not squared in Eq. (8); published code")
     text = "samples that the cross-entropy sees; paper, 3.4"
-    option("--cross-entropy", "anchors", ("anchors", "all"), text)
+    add("--cross-entropy", choices=("anchors", "all"), default="anchors", help=text)
     text = "weight of triplet loss and cross-entropy on each modality's own tokens"
-    option("--modality-losses", 0.0, real(0), text)
-    option("--alpha", 0.5, real(0), "weight of the triplet loss; paper, 4.2")
-    pair("--beta", (0.0, 0.0005), real(0), "weight of the center loss; paper, 4.2, see D2")
-    option("--gamma", 0.5, real(0), "weight of the cross-entropy; paper, 4.2")
-    pair("--label-smoothing", (0.0, 0.1), real(0, 1), "of the cross-entropy; paper, 5.2")
+    add("--modality-losses", type=real(0), default=0.0, help=text)
+    add("--alpha", type=real(0), default=0.5, help="weight of the triplet loss; paper, 4.2")
+    pair("--beta", type=real(0), default=(0.0, 0.0005), help="weight of the center loss; paper, D2")
+    add("--gamma", type=real(0), default=0.5, help="weight of the cross-entropy; paper, 4.2")
+    pair(
+        "--label-smoothing",
+        type=real(0, 1),
+        default=(0.0, 0.1),
+        help="of cross-entropy; paper, 5.2",
+    )
 
 
 def add_optimisation_options(group) -> None:
-    option, pair = adder(group)
-    pair("--frozen", ("yes", "no"), ("yes", "no"), "freeze the backbone; paper, 4.1")
-    pair("--epochs", (40, 60), whole(0), "epochs per stage; 0 skips it; published code")
-    pair("--epoch-steps", (0, 0), whole(0), "end each epoch after so many steps; 0: all triplets")
-    option("--batch-size", 208, whole(1), "triplets of a step, over all ranks; paper, 5.2: 8 x 26")
+    add, pair = group.add_argument, partial(group.add_argument, action=Pair)
+    pair(
+        "--frozen", choices=("yes", "no"), default=("yes", "no"), help="freeze backbone; paper, 4.1"
+    )
+    pair("--epochs", type=whole(0), default=(40, 60), help="0 skips the stage; published code")
+    pair(
+        "--epoch-steps",
+        type=whole(0),
+        default=(0, 0),
+        help="end epochs after N steps; 0: all steps",
+    )
+    text = "triplets of a step, over all ranks; paper, 5.2: 8 x 26"
+    add("--batch-size", type=whole(1), default=208, help=text)
     text = "triplets that a rank takes at once; a larger share is taken in several passes"
-    option("--per-pass", 26, whole(1), text)
-    pair("--lr", (2.54e-5, 5e-6), real(0), "AdamW's peak rate; published code, and paper, 5.2")
-    text = "the backbone's peak rate (default: as --lr)"
-    pair("--backbone-lr", (None, None), real(0), text)
-    pair("--weight-decay", (0.05, 0.0013), real(0), "AdamW's; published code")
+    add("--per-pass", type=whole(1), default=26, help=text)
+    pair(
+        "--lr", type=real(0), default=(2.54e-5, 5e-6), help="peak rate; published code; paper, 5.2"
+    )
+    pair("--backbone-lr", type=real(0), default=(None, None), help="peak rate (default: as --lr)")
+    pair("--weight-decay", type=real(0), default=(0.05, 0.0013), help="AdamW's; published code")
     text = "sqrt: warm-up, square-root decay, cool-down (paper, 5.2); steps: HAMNet's"
-    pair("--schedule", ("sqrt", "constant"), SCHEDULES, text)
-    text = "warm-up steps, not used by constant; published code"
-    option("--warmup-steps", 500, whole(0), text)
+    pair("--schedule", choices=SCHEDULES, default=("sqrt", "constant"), help=text)
+    text = "steps of warm-up, in all schedules but constant; published code"
+    add("--warmup-steps", type=whole(0), default=500, help=text)
 
 
 def add_run_options(group) -> None:
-    option, _ = adder(group)
-    text = "folder to write (default: runs/DATASET)"
-    option("--out", None, Path, text, metavar="DIR")
+    add = group.add_argument
+    add("--out", type=Path, metavar="DIR", help="folder to write (default: runs/DATASET)")
     text = "continue the run in OUT with its settings; start it if OUT is empty"
-    group.add_argument("--resume", action="store_true", help=text)
-    option("--seed", 0, whole(0), "random seed")
+    add("--resume", action="store_true", help=text)
+    add("--seed", type=whole(0), default=0, help="random seed")
     runtime.add_device_options(group)
-    text = "bit-for-bit repeatable on GPUs, too; slower"
-    group.add_argument("--deterministic", action="store_true", help=text)
+    add("--deterministic", action="store_true", help="bit for bit repeatable on GPUs, too; slower")
 
 
 # --- from the command line to settings
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, with what is not given as the recipe says; `stages` holds both stages.
+    """The options, with what is not typed as the recipe says; `stages` holds both stages.
 
-    `given` names the options that the command line gave itself, which --resume looks at.
+    `typed` names the options that the command line has, which --resume looks at.
     """
     early = runtime.Parser(add_help=False)  # these say what the others' defaults are
     early.add_argument("--dataset", default="synthetic")
@@ -274,8 +269,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     chosen, _ = early.parse_known_args(argv)
     parser = make_parser()
     parser.set_defaults(**recipe(chosen.recipe, chosen.dataset, chosen.fusion))
-    args = parser.parse_args(argv)
-    args.given = given(argv)
+    defaults = vars(parser.parse_args([]))
+    # argparse fills in no default where there is a value already: None marks what is not typed
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    typed = {name: value for name, value in typed.items() if value is not None}
+    args = argparse.Namespace(**{**defaults, **typed}, typed=tuple(typed))
     args.triplet = args.triplet or ("FFD" if args.fusion == "graft" else "FFF")
     args.out = args.out or Path("runs") / args.dataset
     # A checkpoint remembers where its data is, wherever it is evaluated
@@ -283,18 +281,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return complete(args)
 
 
-def given(argv: list[str] | None) -> tuple[str, ...]:
-    parser = make_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return tuple(vars(parser.parse_args(argv)))
-
-
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Add `stages` to the options, and refuse those that contradict one another."""
-    for name, value in vars(args).items():
-        if isinstance(value, list):  # argparse's, where defaults are tuples
-            setattr(args, name, tuple(value))
     args.stages = (Stage.of(args, 1), Stage.of(args, 2))
     check_combinations(args)
     return args
@@ -309,22 +297,20 @@ def resumed(args: argparse.Namespace, stored: dict) -> argparse.Namespace:
 
     Raises UserError where the command line gives another value than the run has.
     """
-    for name in args.given:
-        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        # Sensors are always in the data set's order, however they are typed
-        same = (
-            set(value) == set(stored[name]) if name == "modalities" else value == stored.get(name)
-        )
+    for name in args.typed:
+        value, before = getattr(args, name), stored.get(name)
+        same = value == before
+        if name == "modalities":  # always in the data set's order, however they are typed
+            same = set(value) == set(before)
         if name not in FREE and name in stored and not same:
             raise UserError(
-                f"{option} {value}: the run in {args.out} has {stored[name]}; leave"
+                f"--{name.replace('_', '-')} {value}: the run in {args.out} has {before}; leave"
                 " the option out to continue it, or choose another --out"
             )
     if stored.get("slip") != getattr(args, "slip", None):  # of experiments.published
         raise UserError(f"{args.out}: the run was trained with another slip; choose another --out")
-    changed = {name: getattr(args, name) for name in FREE if name in args.given}
-    settings = {**stored, **changed, "given": args.given, "out": args.out}
-    return complete(argparse.Namespace(**settings))
+    changed = {name: getattr(args, name) for name in FREE if name in args.typed}
+    return complete(argparse.Namespace(**{**stored, **changed, "out": args.out}))
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -332,7 +318,7 @@ def settings(args: argparse.Namespace) -> dict:
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
-        if name not in ("given", "stages")
+        if name not in ("typed", "stages")
     }
 
 
@@ -358,57 +344,47 @@ class Stage:
     @classmethod
     def of(cls, args: argparse.Namespace, number: int) -> "Stage":
         i = number - 1
+        pairs = "epochs epoch_steps lr backbone_lr weight_decay schedule beta label_smoothing"
         return cls(
             number=number,
             name=f"stage {number}",
             frozen=args.frozen[i] == "yes",
-            epochs=args.epochs[i],
-            epoch_steps=args.epoch_steps[i],
-            lr=args.lr[i],
-            backbone_lr=args.backbone_lr[i],
-            weight_decay=args.weight_decay[i],
             betas=args.adam_betas[2 * i : 2 * i + 2],
-            schedule=args.schedule[i],
             warmup_steps=args.warmup_steps,
-            beta=args.beta[i],
-            label_smoothing=args.label_smoothing[i],
             patch_dropout=args.patch_dropout[i],
+            **{name: getattr(args, name)[i] for name in pairs.split()},
         )
 
 
 def check_combinations(args: argparse.Namespace) -> None:
     """Raise UserError for options that contradict one another."""
     fusion, hamnet, graft = args.fusion, args.fusion == "hamnet", args.fusion == "graft"
-    is_resnet = args.backbone in RESNETS
     before_patches = 2 if args.backbone in BACKBONES else 1  # CLS and distillation token
-    first_patch = args.data_token + args.fusion_tokens > before_patches
-    for contradicts, message in (
-        (
-            hamnet and not is_resnet,
-            f"--backbone {args.backbone}: HAMNet takes resnet18 or resnet50",
-        ),
-        (is_resnet and not hamnet, f"--backbone {args.backbone}: is for --fusion hamnet alone"),
-        (hamnet and args.recipe == "plus", "--recipe plus: HAMNet has a recipe of its own"),
-        (hamnet and any(args.beta), "--beta: HAMNet has no center loss; expected 0"),
-        (hamnet and any(args.patch_dropout), "--patch-dropout: HAMNet has no patches"),
-        (hamnet and args.features == "bnneck", "--features bnneck: HAMNet has no BNNeck"),
-        (not graft and args.fusion_tokens > 1, f"--fusion-tokens: --fusion {fusion} has none"),
-        (not graft and args.data_token > 0, f"--data-token: --fusion {fusion} has none"),
-        (
-            args.triplet == "hardest" and args.cross_entropy != "all",
-            "--triplet hardest: needs the labels of all samples; add --cross-entropy all",
-        ),
-        (
-            args.modality_losses and fusion not in OWN_TOKENS,
-            f"--modality-losses: --fusion {fusion} has no tokens of each modality",
-        ),
-        (
-            graft and any(args.patch_dropout) and first_patch,
-            f"--data-token {args.data_token}: --patch-dropout may leave that patch out",
-        ),
-    ):
-        if contradicts:
-            raise UserError(message)
+    first_patch = args.data_token + args.fusion_tokens > before_patches  # is among the tokens
+    if args.backbone not in (*BACKBONES, *RESNETS) and not args.backbone.startswith("timm:"):
+        known = ", ".join((*BACKBONES, *RESNETS))
+        raise UserError(f"--backbone {args.backbone}: expected {known} or timm:NAME")
+    if hamnet != (args.backbone in RESNETS):
+        fitting = "resnet18 or resnet50" if hamnet else "another; ResNets are for --fusion hamnet"
+        raise UserError(f"--backbone {args.backbone}: --fusion {fusion} takes {fitting}")
+    if hamnet and args.recipe != "paper":
+        raise UserError(f"--recipe {args.recipe}: HAMNet has a recipe of its own")
+    if hamnet and any((*args.beta, *args.patch_dropout)):
+        raise UserError(
+            "--beta, --patch-dropout: HAMNet has no centroids and no patches; expected 0"
+        )
+    if not graft and (args.fusion_tokens > 1 or args.data_token > 0):
+        raise UserError(
+            f"--fusion-tokens, --data-token: --fusion {fusion} has none; leave them out"
+        )
+    if args.recipe == "own" and args.dataset not in ("folder", "csv"):
+        raise UserError(f"--recipe own: is for --dataset folder and csv, not {args.dataset}")
+    if args.triplet == "hardest" and args.cross_entropy != "all":
+        raise UserError("--triplet hardest: needs labels of all samples; add --cross-entropy all")
+    if args.modality_losses and fusion not in MODALITY_TOKENS:
+        raise UserError(f"--modality-losses: --fusion {fusion} has no tokens of each modality")
+    if graft and any(args.patch_dropout) and first_patch:
+        raise UserError(f"--data-token {args.data_token}: --patch-dropout may leave that patch out")
 
 
 def from_checkpoint(stored: dict) -> argparse.Namespace:

@@ -133,12 +133,17 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    # argparse's own ArgumentDefaultsHelpFormatter shows None, False and brackets of tuples, too
+
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=100)
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N"
+
     def _get_help_string(self, action: argparse.Action) -> str:
         default, text = action.default, action.help or ""
-        if default in (None, False, argparse.SUPPRESS) or "(default" in text:
+        if action.nargs == 0 or default is None or "(default" in text:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
         return f"{text} (default: {shown.replace('%', '%%')})"
@@ -173,20 +178,19 @@ def in_order(chosen: Iterable[str], known: tuple[str, ...], owner: str) -> tuple
     return tuple(name for name in known if name in chosen)
 
 
-def names(text: str) -> tuple[str, ...]:
-    """An option's type: different names, separated by commas."""
-    found = tuple(name for name in text.split(",") if name)
-    if not found or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"expected different names, e.g. rgb,tir, not {text!r}")
-    return found
-
-
 class Names(argparse.Action):
-    """Names separated by commas, by spaces, or both."""
+    """An option of different names, separated by commas, by spaces, or both."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, nargs="+", metavar="NAME", **more)
 
     def __call__(self, parser, namespace, values, option=None):
-        found = dict.fromkeys(name for part in values for name in part)
-        setattr(namespace, self.dest, tuple(found))
+        names = [name for name in ",".join(values).split(",") if name]
+        if not names or len(set(names)) < len(names):
+            typed = " ".join(values)
+            message = f"expected different names, e.g. rgb,tir, not {typed!r}"
+            raise argparse.ArgumentError(self, message)
+        setattr(namespace, self.dest, tuple(names))
 
 
 def add_device_options(parser: argparse.ArgumentParser, precision: str | None = "auto") -> None:
@@ -322,22 +326,21 @@ def all_sum(x: Tensor) -> Tensor:
     return _AllSum.apply(x) if world_size() > 1 else x
 
 
-def all_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The ranks' x stacked along dim 0, differentiable; `rows` says how many each rank holds."""
+def all_rows(x: Tensor, rank_sizes: tuple[int, ...]) -> Tensor:
+    """The ranks' x stacked along dim 0, differentiable; rank i holds `rank_sizes[i]` rows."""
     if world_size() == 1:
         return x
-    before = sum(rows[: rank()])
-    stacked = x.new_zeros(sum(rows), *x.shape[1:])
+    before = sum(rank_sizes[: rank()])
+    stacked = x.new_zeros(sum(rank_sizes), *x.shape[1:])
     stacked[before : before + len(x)] = x
     return all_sum(stacked)
 
 
 def by_rank0(compute):
     """What `compute()` returns on rank 0, on every rank: for work that would only be repeated."""
-    if world_size() == 1:
-        return compute()
     result = [compute() if rank() == 0 else None]
-    dist.broadcast_object_list(result)
+    if world_size() > 1:
+        dist.broadcast_object_list(result)
     return result[0]
 
 
@@ -518,7 +521,7 @@ def check_output(path: Path | None, option: str, suffixes: tuple[str, ...] = ())
         raise UserError(f"{option} {path}: expected a file in an existing, writable folder")
 
 
-def own_folder(path: Path):
+def lock_folder(path: Path):
     """Make a run's folder, and lock it until the returned file is closed or the process ends.
 
     Raises UserError while another process holds it: two runs would mix their files.
@@ -593,24 +596,16 @@ def load_checkpoint(path: str | Path) -> dict:
         if zipfile.is_zipfile(path):
             _check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dict")
+        if isinstance(state := checkpoint.get("model"), dict):
+            packed = {name: value for name, value in state.items() if isinstance(value, dict)}
+            state |= {name: unpack(value) for name, value in packed.items()}
     except Exception as error:  # torch.load's errors have no common type
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise UserError(f"{path}: not a checkpoint that torch can read safely ({reason})") from None
-    if not isinstance(checkpoint, dict):
-        kind = type(checkpoint).__name__
-        raise UserError(f"{path}: holds a {kind}, not a checkpoint (a dict of tensors)")
-    if isinstance(state := checkpoint.get("model"), dict):
-        try:
-            checkpoint["model"] = {
-                name: unpack(value) if isinstance(value, dict) else value
-                for name, value in state.items()
-            }
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: its pruned weights cannot be unpacked ({error}); use another copy"
-            ) from None
+        raise UserError(
+            f"{path}: not a checkpoint that torch can read safely ({reason}); use another copy"
+        ) from None
     return checkpoint
 
 
@@ -619,11 +614,9 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         size = sum(record.file_size for record in archive.infolist())
         if size > path.stat().st_size:
-            raise UserError(
-                f"{path}: its records claim {size} bytes; torch.save writes no such file"
-            )
+            raise ValueError(f"its records claim {size} bytes, more than the file has")
         if damaged := archive.testzip():
-            raise UserError(f"{path}: damaged in its record {damaged}; use another copy")
+            raise ValueError(f"its record {damaged} is damaged")
 
 
 def pack(weight: Tensor) -> dict:

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from runtime import UserError
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, cooldown: float = 0.1) -> float:
-    """What a stage's rate is multiplied by at `step` (0 .. total_steps - 1); published code.
+    """What a stage's rate is multiplied by at `step`, from 0 to total_steps - 1; published code.
 
     Linear warm-up to 1 at the end of `warmup_steps`, then sqrt(warmup / step), and over the last
     `cooldown` of all steps linearly from what was reached to 0.
@@ -64,22 +64,12 @@ def cosine_factor(step: int, total_steps: int, warmup_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
-def step_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """As lr_factor: linear warm-up, then a tenth from 40/120 of all steps on, and again from 70/120
-    on; HAMNet's published code."""
-    drops = sum(120 * step >= epoch * total_steps for epoch in (40, 70))
-    warmup = max(1, min(warmup_steps, total_steps // 12))  # short runs, too, warm up before a drop
-    return min(1.0, (step + 1) / warmup) * 0.1**drops
-
-
-def schedule_factor(args: argparse.Namespace, stage: Stage, step: int, total_steps: int) -> float:
+def schedule_factor(stage: Stage, step: int, total_steps: int) -> float:
     if stage.schedule == "constant":
         return 1.0
-    if stage.schedule == "cosine":
-        return cosine_factor(step, total_steps, stage.warmup_steps)
-    if stage.schedule == "steps":
-        return step_factor(step, total_steps, stage.warmup_steps)
-    return lr_factor(step, total_steps, stage.warmup_steps, args.cooldown)
+    schedules = {"sqrt": lr_factor, "cosine": cosine_factor}
+    schedule = schedules.get(stage.schedule) or runtime.imported("experiments.hamnet.step_factor")
+    return schedule(step, total_steps, stage.warmup_steps)
 
 
 # --- what is trained
@@ -97,15 +87,15 @@ class Objective(nn.Module):
         self.model, self.criterion, self.autocast = embedder.model, criterion, embedder.autocast
 
     def forward(
-        self, images: dict[str, Tensor], labels: Tensor, rows: tuple[int, ...] = ()
+        self, images: dict[str, Tensor], labels: Tensor, rank_sizes: tuple[int, ...] = ()
     ) -> dict[str, Tensor]:
         """images (3B, 3, H, W) of anchors, positives, negatives; labels of the anchors, or of all.
 
-        `rows` says how many samples each rank has in this pass.
+        `rank_sizes` says how many samples each rank has in this pass.
         """
         with self.autocast():
             embeddings = self.model(images)
-        return self.model.losses(embeddings, labels, self.criterion, rows)
+        return self.model.losses(embeddings, labels, self.criterion, rank_sizes)
 
 
 def on_all_ranks(objective: Objective) -> nn.Module:
@@ -156,7 +146,7 @@ class Batch(NamedTuple):
     images: dict[str, Tensor]  # (3B, 3, H, W), augmented and normalised, on the device
     labels: Tensor  # of the anchors (B,), or of all samples (3B,)
     weight: float  # makes the mean over the ranks' gradients the mean over the step's triplets
-    rows: tuple[int, ...]  # samples of each rank in this pass
+    rank_sizes: tuple[int, ...]  # samples of each rank in this pass
     seed: int  # of dropout's draws
     is_last: bool  # pass of the step
 
@@ -186,7 +176,8 @@ class Batches:
 
     def num_steps(self, stage: Stage) -> int:
         """Steps of an epoch."""
-        return min(self.sampler.num_steps, stage.epoch_steps or self.sampler.num_steps)
+        every = self.sampler.num_steps
+        return min(stage.epoch_steps, every) if stage.epoch_steps else every
 
     def indices(self, stage: Stage, epoch: int) -> np.ndarray:
         """Sample indices of an epoch's steps, (steps, 3, T)."""
@@ -205,19 +196,19 @@ class Batches:
         device = self.embedder.device
         reading = data.read_batches(self.train, order, self.embedder.workers, device)
         with closing(reading) as images:
-            passes = zip(order, images, strict=False)
+            read = zip(order, images, strict=False)
             for step in range(first, self.num_steps(stage)):
-                yield self.passes(passes, (self.args.seed, stage.number, epoch, step))
+                yield self.passes(read, (self.args.seed, stage.number, epoch, step))
 
-    def passes(self, passes: Iterator, key: tuple[int, ...]) -> Iterator[Batch]:
-        """This rank's passes of a step; `passes` gives sample indices, and images as read."""
+    def passes(self, read: Iterator, key: tuple[int, ...]) -> Iterator[Batch]:
+        """This rank's passes of a step; `read` gives indices of samples, and their images."""
         rank, args = runtime.rank(), self.args
         # A generator of its own: the global one is dropout's, and differs by rank
         generator = torch.Generator().manual_seed(runtime.torch_seed(*key, 0, 0))
         draws = [torch.rand(3, args.batch_size, n, generator=generator) for n in (7, 2)]
         draws = torch.cat(draws, -1)  # (3, T, 9), see data.augment
         for number, ranks in enumerate(self.shares):
-            indices, images = next(passes)
+            indices, images = next(read)
             images = self.prepare(images, draws[:, ranks[rank]].flatten(0, 1))
             pids = self.train.pids[indices]
             num_triplets = len(pids) // 3
@@ -280,30 +271,43 @@ class Run:
         validation: tuple[data.Split, data.Split] | None = None,
     ):
         self.args, self.dataset, self.validation = args, dataset, validation
-        mean, std = normalisation(args, dataset, model)
+        mean, std = dataset.mean, dataset.std
+        demanded = model.backbones[0].mean_std  # by timm's weights
+        if args.normalise == "imagenet":
+            demanded = demanded or data.IMAGENET
+        if demanded:
+            mean, std = (dict.fromkeys(dataset.modalities, values) for values in demanded)
         self.embedder = evaluate.Embedder(
             model, mean, std, device, args.precision, args.workers, args.features
         )
         self.batches = Batches(args, dataset, self.embedder)
-        heads = model.config.modalities if args.modality_losses else ()
-        distances = (not args.plain_distance, not args.center_norm)
-        sizes = (model.config.num_ids, model.width)
-        self.criterion = GraFTLoss(*sizes, args.triplet, *distances, heads).to(device)
+        self.criterion = GraFTLoss(
+            model.config.num_ids,
+            model.width,
+            args.triplet,
+            squared=not args.plain_distance,
+            modalities=model.config.modalities if args.modality_losses else (),
+        ).to(device)
         self.criterion.modality_weight, self.criterion.margin = args.modality_losses, args.margin
         self.progress, self.stored_optimizer = Progress(), None
+        self.shown = time.perf_counter()  # the last line of progress
         self.checkpoint_path: Path | None = args.out / "last.pt"
         self.log = None
-        self.after_epoch = lambda: None  # what it raises ends the run; for extras.tune
 
     @property
     def model(self) -> MultiModalModel:
         return self.embedder.model
 
-    def own_out(self, log_size: int = 0, resumed: bool = False) -> None:
+    def steps(self, stage: Stage) -> tuple[int, int]:
+        """How many steps of a stage are done, and how many it has."""
+        an_epoch = self.batches.num_steps(stage)
+        return self.progress.epoch * an_epoch + self.progress.step, stage.epochs * an_epoch
+
+    def open_out(self, log_size: int = 0, resumed: bool = False) -> None:
         """Begin to write to OUT, which no other process may do until this one ends."""
         out = self.args.out
         if runtime.rank() == 0:
-            self.lock = runtime.own_folder(out)
+            self.lock = runtime.lock_folder(out)
             if (out / "last.pt").exists() and not resumed:  # opening the images takes its time
                 raise UserError(f"{out}: another run has just ended there; choose another --out")
             runtime.write_json(out / "config.json", settings(self.args))
@@ -345,19 +349,8 @@ class Run:
         """Continue from a checkpoint: weights, centroids, optimizer, position."""
         self.model.load_state_dict(checkpoint["model"])
         self.criterion.load_state_dict(checkpoint["criterion"])
-        known = {field.name for field in fields(Progress)}
-        progress = {name: v for name, v in checkpoint["progress"].items() if name in known}
+        progress = {n: v for n, v in checkpoint["progress"].items() if n != "log_size"}
         self.progress, self.stored_optimizer = Progress(**progress), checkpoint["optimizer"]
-
-
-def normalisation(args, dataset: data.Dataset, model: MultiModalModel) -> tuple[dict, dict]:
-    """Mean and std of each modality: those that the backbone demands, else those chosen."""
-    chosen = model.backbones[0].mean_std
-    if args.normalise == "imagenet" and not chosen:
-        chosen = data.IMAGENET
-    if not chosen:
-        return dataset.mean, dataset.std
-    return tuple(dict.fromkeys(dataset.modalities, values) for values in chosen)
 
 
 # --- training
@@ -408,23 +401,28 @@ def train_stage(run: Run, stage: Stage) -> None:
         # A signal may have come after the last step, and only to some ranks
         if runtime.any_rank(runtime.noted_signal() > 0):
             raise stopped(run, stage)
-        run.after_epoch()
 
 
 def train_epoch(run: Run, stage: Stage, parallel: nn.Module, optimizer) -> None:
     """What is left of an epoch, or of it until a signal came."""
-    progress = run.progress
+    progress, total = run.progress, run.batches.num_steps(stage)
     began, first = time.perf_counter(), progress.step
+    name = f"{stage.name}, epoch {progress.epoch + 1} of {stage.epochs}"
+    hidden = None if runtime.rank() == 0 else True  # None: where there is no terminal
     with closing(run.batches.steps(stage, progress.epoch, first)) as steps:
-        for passes in progress_bar(steps, run, stage):
+        bar = tqdm(steps, name, total, leave=False, initial=first, disable=hidden)
+        for passes in bar:
             rate = set_rate(optimizer, run, stage)
             sums: dict[str, Tensor] = {}
             for batch in passes:
                 torch.manual_seed(batch.seed)  # dropout differs by rank and step
-                with gradients_sent(parallel, batch.is_last):
-                    losses = parallel(batch.images, batch.labels, batch.rows)
+                # Gradients add up over the passes, and the last pass alone sends them
+                alone = batch.is_last or runtime.world_size() == 1
+                with nullcontext() if alone else parallel.no_sync():
+                    losses = parallel(batch.images, batch.labels, batch.rank_sizes)
                     (losses["loss"] * batch.weight).backward()
-                add_losses(sums, losses, batch.weight)
+                for term, value in losses.items():
+                    sums[term] = sums.get(term, 0) + value.detach() * batch.weight
             means, stop = mean_over_ranks(sums, optimizer)
             if not all(map(math.isfinite, means.values())):
                 raise diverged(run, stage, means)
@@ -432,6 +430,8 @@ def train_epoch(run: Run, stage: Stage, parallel: nn.Module, optimizer) -> None:
             optimizer.zero_grad()
             progress.add(means)
             log_step(run, stage, rate)
+            seconds = (time.perf_counter() - began) / (progress.step - first)
+            show_step(run, stage, bar, f"{name}, step {progress.step} of {total}", seconds)
             if stop:
                 return
     end_epoch(run, stage, progress.step - first, time.perf_counter() - began)
@@ -455,43 +455,18 @@ def begin_stage(run: Run, stage: Stage) -> tuple[Objective, torch.optim.AdamW]:
         optimizer.load_state_dict(run.stored_optimizer)
         run.stored_optimizer = None
     trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    steps = stage.epochs * run.batches.num_steps(stage)
-    runtime.print0(
-        f"{stage.name}: {stage.epochs} epochs, {steps:,} steps; {trained / 1e6:.2f} M parameters"
-        " train"
-    )
+    length = f"{stage.epochs} epochs, {run.steps(stage)[1]:,} steps"
+    runtime.print0(f"{stage.name}: {length}; {trained / 1e6:.2f} M parameters train")
     return objective, optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, run: Run, stage: Stage) -> float:
     """Set the coming step's rates, as the schedule says (section 5.2); returns the new parts'."""
-    steps = run.batches.num_steps(stage)
-    step = run.progress.epoch * steps + run.progress.step
-    factor = schedule_factor(run.args, stage, step, stage.epochs * steps)
+    factor = schedule_factor(stage, *run.steps(stage))
     for group in optimizer.param_groups:
         if group["peak"] is not None:
             group["lr"] = factor * group["peak"]
     return factor * stage.lr
-
-
-def progress_bar(steps, run: Run, stage: Stage) -> tqdm:
-    """The steps that are left of an epoch, shown by rank 0 where there is a terminal."""
-    done, total = run.progress.step, run.batches.num_steps(stage)
-    name = f"{stage.name}, epoch {run.progress.epoch + 1} of {stage.epochs}"
-    hidden = None if runtime.rank() == 0 else True
-    return tqdm(steps, name, total, leave=False, initial=done, disable=hidden)
-
-
-def gradients_sent(parallel: nn.Module, is_last: bool):
-    """Context of a pass: of several, only the last sends the gradients, which have added up."""
-    if is_last or runtime.world_size() == 1:
-        return nullcontext()
-    return parallel.no_sync()
-
-
-def add_losses(sums: dict[str, Tensor], losses: dict[str, Tensor], weight: float) -> None:
-    for name, value in losses.items():
-        sums[name] = sums.get(name, 0) + value.detach() * weight
 
 
 def mean_over_ranks(sums: dict[str, Tensor], optimizer) -> tuple[dict[str, float], bool]:
@@ -503,9 +478,9 @@ def mean_over_ranks(sums: dict[str, Tensor], optimizer) -> tuple[dict[str, float
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None])
     stop = torch.full_like(norm, float(runtime.noted_signal() > 0))
-    total = runtime.all_sum(torch.stack([*sums.values(), norm, stop])).tolist()
-    *means, stop = (value / runtime.world_size() for value in total)
-    return dict(zip([*sums, "gradient_norm"], means, strict=True)), stop > 0
+    totals = runtime.all_sum(torch.stack([*sums.values(), norm, stop])).tolist()
+    means = [total / runtime.world_size() for total in totals]
+    return dict(zip([*sums, "gradient_norm"], means[:-1], strict=True)), means[-1] > 0
 
 
 LOG_LINES = 100  # of a stage, so that the log tells a curve whatever the stage's length
@@ -513,14 +488,43 @@ LOG_LINES = 100  # of a stage, so that the log tells a curve whatever the stage'
 
 def log_step(run: Run, stage: Stage, rate: float) -> None:
     """Write the means since the last line to OUT/log.jsonl, some LOG_LINES times a stage."""
-    progress, steps = run.progress, run.batches.num_steps(stage)
-    step = progress.epoch * steps + progress.step
-    if step % max(1, stage.epochs * steps // LOG_LINES):
+    progress, (step, total) = run.progress, run.steps(stage)
+    if step % max(1, total // LOG_LINES):
         return
     # The sums are part of a checkpoint, so that a resumed run writes the same lines
     means = {name: value / progress.log_steps for name, value in progress.log_sums.items()}
     run.log.write("step", stage=stage.number, step=step, lr=rate, **means)
     progress.log_sums, progress.log_steps = {}, 0
+
+
+LINE_SECONDS = 60  # between lines where there is no terminal
+
+
+def show_step(run: Run, stage: Stage, bar: tqdm, name: str, seconds: float) -> None:
+    """The epoch's mean loss so far and the time left: on the bar, or in a line about once a minute.
+
+    `seconds` is what a step takes.
+    """
+    mean = run.progress.epoch_sums["loss"] / run.progress.step
+    text = f"loss {mean:.3f}{time_left(run, stage, seconds)}"
+    bar.set_postfix_str(text, refresh=False)
+    if bar.disable and time.perf_counter() - run.shown >= LINE_SECONDS:
+        run.shown = time.perf_counter()
+        runtime.print0(f"{name}: {text}")
+
+
+def time_left(run: Run, stage: Stage, seconds: float) -> str:
+    """What the rest of the run takes, by the time of a step; "" for less than two minutes."""
+    done, total = run.steps(stage)
+    left = seconds * (total - done)
+    for later in run.args.stages[stage.number :]:
+        # No backward pass goes through a frozen backbone, so a step takes about a third
+        factor = 3.0 ** (stage.frozen - later.frozen)
+        left += factor * seconds * later.epochs * run.batches.num_steps(later)
+    minutes = round(left / 60)
+    if minutes < 2:
+        return ""
+    return f", about {minutes} min left" if minutes < 120 else f", about {minutes // 60} h left"
 
 
 def end_epoch(run: Run, stage: Stage, steps: int, seconds: float) -> None:
@@ -530,15 +534,15 @@ def end_epoch(run: Run, stage: Stage, steps: int, seconds: float) -> None:
     speed = round(steps * run.args.batch_size / seconds, 1)
     progress.epoch, progress.step, progress.epoch_sums = progress.epoch + 1, 0, {}
     record = {"stage": stage.number, "epoch": progress.epoch, **means, "triplets_per_second": speed}
-    shown = f"loss {means['loss']:.3f}, cross-entropy {means['cross_entropy']:.3f}"
+    text = f"loss {means['loss']:.3f}, cross-entropy {means['cross_entropy']:.3f}"
     if run.validation:
         metrics = run.test(*run.validation)
         record["validation"] = {k: v for k, v in metrics.items() if k != "queries"}
-        shown += f", validation mAP {100 * metrics['mAP']:.1f}"
+        text += f", validation mAP {100 * metrics['mAP']:.1f}"
     run.log.write("epoch", **record)
-    runtime.print0(
-        f"{stage.name}, epoch {progress.epoch} of {stage.epochs}: {shown} ({speed} triplets/s)"
-    )
+    name = f"{stage.name}, epoch {progress.epoch} of {stage.epochs}"
+    left = time_left(run, stage, seconds / max(1, steps))
+    runtime.print0(f"{name}: {text} ({speed} triplets/s{left})")
 
 
 class Diverged(UserError):
@@ -547,30 +551,25 @@ class Diverged(UserError):
 
 def diverged(run: Run, stage: Stage, means: dict[str, float]) -> Diverged:
     """What to say of a step that is not finite; the log gets the names of all ranks' samples."""
-    progress = run.progress
-    indices = run.batches.indices(stage, progress.epoch)[progress.step].ravel()
+    epoch, step = run.progress.epoch, run.progress.step
+    indices = run.batches.indices(stage, epoch)[step].ravel()
     names = [run.dataset.train.samples[i].name for i in indices]
-    place = {"stage": stage.number, "epoch": progress.epoch + 1, "step": progress.step + 1}
+    place = {"stage": stage.number, "epoch": epoch + 1, "step": step + 1}
     run.log.write("not finite", **place, losses=str(means), batch=names)
-    where = ", ".join(f"{name} {value}" for name, value in place.items())
+    where = ", ".join(f"{name} {number}" for name, number in place.items())
     return Diverged(
-        f"{where}: loss or gradient is not finite; losses {means}; samples {', '.join(names[:3])},"
-        f" ..., all in {run.log.path}; the weights are unchanged and {run.args.out}/last.pt, if it"
+        f"{where}: loss or gradient is not finite ({means}); samples {', '.join(names[:3])}, ...,"
+        f" all in {run.log.path}. The weights are unchanged and {run.args.out}/last.pt, if it"
         " exists, is good: look at the samples, lower --lr, or try --precision fp32"
     )
 
 
 def stopped(run: Run, stage: Stage) -> runtime.Stopped:
     """The exception that ends a run on a signal, which another rank may have had."""
-    progress = run.progress
-    where = f"{stage.name}, epoch {progress.epoch}"
-    if progress.step:
-        steps = run.batches.num_steps(stage)
-        where = f"{stage.name}, epoch {progress.epoch + 1}, step {progress.step} of {steps}"
-    return runtime.Stopped(
-        runtime.noted_signal() or signal.SIGTERM,
-        f"stopped after {where}: continue with --resume --out {run.args.out}",
-    )
+    step, steps = run.progress.step, run.batches.num_steps(stage)
+    where = f"{stage.name}, epoch {run.progress.epoch + 1}, step {step} of {steps}"
+    text = f"stopped after {where}: continue with --resume --out {run.args.out}"
+    return runtime.Stopped(runtime.noted_signal() or signal.SIGTERM, text)
 
 
 def final_test(run: Run) -> dict:
@@ -610,7 +609,7 @@ def start_run(args: argparse.Namespace) -> Run:
     run = Run(args, device, dataset, model, validation)
     for split in (dataset.train, dataset.query, dataset.gallery, *(validation or ())):
         split.open()
-    run.own_out(checkpoint["progress"]["log_size"] if checkpoint else 0, bool(checkpoint))
+    run.open_out(checkpoint["progress"]["log_size"] if checkpoint else 0, bool(checkpoint))
     if checkpoint:
         run.load(checkpoint)
     return run
@@ -648,8 +647,10 @@ def load_splits(
     args: argparse.Namespace, need: tuple[str, ...] = ("train",), render: bool = True
 ) -> tuple[data.Dataset, tuple | None]:
     """The data set, and query and gallery of the identities that --val-ids holds out."""
+    if render and args.dataset == "synthetic":
+        runtime.imported("synthetic.render.find_folder")(Path(args.data_root), render=True)
     dataset = data.load_dataset(
-        args.dataset, args.data_root, args.modalities, args.image_size, args.store, need, render
+        args.dataset, args.data_root, args.modalities, args.image_size, args.store, need
     )
     if len(dataset.query) and len(dataset.gallery):
         evaluate.check_matches(dataset.query, dataset.gallery)
@@ -669,16 +670,16 @@ def load_splits(
 def model_config(args: argparse.Namespace, dataset: data.Dataset) -> GraFTConfig:
     """What the options, the backbone and the data set say of the model."""
     chosen = ("image_size", "dropout", "fusion_tokens", "data_token", "fusion")
-    given = {name: getattr(args, name) for name in chosen}
+    values = {name: getattr(args, name) for name in chosen}
     if args.backbone.startswith("timm:"):
-        given |= runtime.imported("extras.timm_backbone.config_of")(
-            args.backbone.removeprefix("timm:")
-        )
-    if args.backbone not in options.BACKBONES:
-        given["backbone"] = args.backbone
-    given |= options.BACKBONES.get(args.backbone, {})
+        config_of = runtime.imported("extras.timm_backbone.config_of")
+        values |= config_of(args.backbone.removeprefix("timm:"))
+    if args.backbone in options.BACKBONES:
+        values |= options.BACKBONES[args.backbone]
+    else:
+        values["backbone"] = args.backbone
     num_ids = len(dataset.train.pids.unique())
-    return GraFTConfig(modalities=dataset.modalities, num_ids=num_ids, **given)
+    return GraFTConfig(modalities=dataset.modalities, num_ids=num_ids, **values)
 
 
 def announce(run: Run) -> None:

@@ -3,23 +3,31 @@
 Processes that share a step do what one does with all of it.
 """
 
-import json
 import signal
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import call, read_json, read_log, succeeds, tiny_arguments, torchrun
-from test_faults import SignalledAt
+from test_faults import altered, signalled
 
 import data
 import evaluate
 import losses
-import prune
+import options
 import runtime
 import train
 from model import GraFTConfig, SyncBatchNorm1d, build_model
 
 B = 9  # triplets of a step: no number of ranks divides them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_dropout():
+    """Its draws differ by rank."""
+    with mock.patch.dict(options.CONSTANTS, dropout=0.0):
+        yield
 
 
 def make_objective(scheme: str) -> train.Objective:
@@ -31,10 +39,9 @@ def make_objective(scheme: str) -> train.Objective:
     embedder = evaluate.Embedder(model, facts, facts, torch.device("cpu"), "fp32")
     heads = config.modalities if scheme == "hardest" else ()  # with --modality-losses, too
     criterion = losses.GraFTLoss(5, 32, scheme, modalities=heads)
-    objective = train.Objective(embedder, criterion)
-    objective.criterion.weights(alpha=0.5, beta=0.0005, gamma=0.5, label_smoothing=0.1)
+    criterion.weights(alpha=0.5, beta=0.0005, gamma=0.5, label_smoothing=0.1)
     torch.nn.init.normal_(model.classifier.weight)  # so that gradients through BatchNorm count
-    return objective
+    return train.Objective(embedder, criterion)
 
 
 def make_batch(share: slice):
@@ -49,36 +56,27 @@ def make_batch(share: slice):
 
 
 def backward(objective: train.Objective, scheme: str, ranks: int) -> dict:
-    """A step as train_stage takes it, in one pass or, with FFD, in several."""
+    """A step as train_epoch takes it."""
     parallel = train.on_all_ranks(objective)
-    per_pass = 2 if scheme == "hardest" and ranks > 1 else 26
-    shares = data.share_out(B, per_pass if scheme != "hardest" else 26, ranks)
-    total = 0.0
-    for part, row in enumerate(shares):
-        share = row[runtime.rank()]
-        images, labels = make_batch(share)
-        n = share.stop - share.start
-        labels = labels if scheme == "hardest" else labels[:n]
-        rows = tuple(3 * (s.stop - s.start) for s in row)
-        weight = n * ranks / B
-        with train.gradients_sent(parallel, part == len(shares) - 1):
-            result = parallel(images, labels, rows)
-            (result["loss"] * weight).backward()
-        total += result["loss"].detach() * weight
-    mean = runtime.all_sum(total) / ranks
+    (shares,) = data.share_out(B, 26, ranks)
+    share = shares[runtime.rank()]
+    images, labels = make_batch(share)
+    n = share.stop - share.start
+    labels = labels if scheme == "hardest" else labels[:n]
+    loss = parallel(images, labels, tuple(3 * (s.stop - s.start) for s in shares))["loss"]
+    loss = loss * n * ranks / B
+    loss.backward()
+    mean = runtime.all_sum(loss.detach()) / ranks
     gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     return {"loss": mean, "gradients": gradients}
 
 
-class Program:
-    """A program for `call`: the same step on every rank, and unequal parts through BatchNorm."""
+@pytest.fixture(scope="module", params=[2, 4, 8])
+def ranks(request, tmp_path_factory):
+    """What the ranks computed: the same step, and unequal parts through BatchNorm."""
+    folder = tmp_path_factory.mktemp("ranks")
 
-    __name__ = "step"
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def main(self) -> None:
+    def main() -> None:
         runtime.start("cpu")
         rank, ranks = runtime.rank(), runtime.world_size()
         results = {s: backward(make_objective(s), s, ranks) for s in ("FFD", "hardest")}
@@ -86,15 +84,12 @@ class Program:
         torch.manual_seed(rank)
         norm(torch.randn(1 + rank, 4))  # rank 0 holds a single sample
         results |= {"mean": norm.running_mean, "var": norm.running_var}
-        torch.save(results, self.folder / f"{rank}.pt")
+        parallel = train.on_all_ranks(make_objective("FFD"))
+        results["buffers"] = parallel.will_sync_module_buffers()
+        torch.save(results, folder / f"{rank}.pt")
         runtime.leave_ranks()
 
-
-@pytest.fixture(scope="module", params=[2, 4, 8])
-def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    done = call(Program(folder), ranks=request.param)
-    assert done.returncode == 0, done.stderr
+    succeeds(SimpleNamespace(__name__="step", main=main), ranks=request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -124,11 +119,16 @@ def test_batchnorm_of_unequal_parts_is_that_of_the_whole(ranks):
         torch.testing.assert_close(result["var"], reference.running_var)
 
 
+def test_gradients_are_sent_and_nothing_else(ranks):
+    """DistributedDataParallel would send BatchNorm's figures and pruning's masks in each pass."""
+    assert not any(result["buffers"] for result in ranks)
+
+
 # --- whole runs. Many steps of two right runs drift apart by rounding (a ReLU tips, Adam divides by
 #     a tiny root), so their losses are compared by a relative bound; that a triplet of wrong weight
 #     breaks it is shown below
 
-QUICK = "--dropout 0 --epochs 1 --lr 2e-4 1e-4"
+QUICK = "--epochs 1 --lr 2e-4 1e-4"
 RECIPES = {
     "paper": QUICK,
     "plus": f"{QUICK} --recipe plus --schedule cosine --patch-dropout 0 --epoch-steps 8",
@@ -170,24 +170,17 @@ def test_any_number_of_ranks_trains_and_evaluates_as_one(alone, tiny_data, tmp_p
 
 def test_a_triplet_of_wrong_weight_would_break_the_bound(tiny_data, tmp_path):
     """Two ranks with 5 and 4 of 9 triplets, one of which counts its own as if they were 4."""
+    passes = train.Batches.passes
 
-    class Wrong:
-        __name__ = "train"
+    def misweighted(*arguments):
+        for batch in passes(*arguments):
+            scale = 4 / 5 if runtime.rank() == 0 else 1.0
+            yield batch._replace(weight=batch.weight * scale)
 
-        def main(self) -> None:
-            passes = train.Batches.passes
-
-            def wrong(self, *given):
-                for batch in passes(self, *given):
-                    scale = 4 / 5 if runtime.rank() == 0 else 1.0
-                    yield batch._replace(weight=batch.weight * scale)
-
-            train.Batches.passes = wrong
-            train.main()
-
+    wrongly = altered(lambda: setattr(train.Batches, "passes", misweighted))
     words = f"{QUICK} --batch-size 9 --epochs 0 1 --epoch-steps 5".split()
     steps = []
-    for name, program, ranks in (("one", train, 1), ("two", train, 2), ("wrong", Wrong(), 2)):
+    for name, program, ranks in (("one", train, 1), ("two", train, 2), ("wrong", wrongly, 2)):
         succeeds(program, *tiny_arguments(tiny_data, tmp_path / name), *words, ranks=ranks)
         steps.append([line["gradient_norm"] for line in read_log(tmp_path / name, "step")])
     one, two, wrong = (torch.tensor(norms) for norms in steps)
@@ -198,12 +191,16 @@ def test_a_triplet_of_wrong_weight_would_break_the_bound(tiny_data, tmp_path):
 def test_several_passes_make_the_same_step(tiny_data, tmp_path):
     """Without cross-entropy, whose BatchNorm sees one pass at a time, nothing else may differ."""
     plain = f"{QUICK} --gamma 0 --triplet FFF --beta 0.001 --epochs 0 1 --epoch-steps 5"
-    for name, more in (("one", ""), ("three", "--per-pass 3")):
-        words = f"{plain} {more}".split()
-        succeeds(train, *tiny_arguments(tiny_data, tmp_path / name), *words)
-    for a, b in zip(*(read_log(tmp_path / name, "step") for name in ("one", "three")), strict=True):
-        assert b["triplet"] == pytest.approx(a["triplet"], rel=1e-3, abs=1e-4)
-        assert b["center"] == pytest.approx(a["center"], rel=1e-3, abs=1e-4)
+    steps = []
+    for per_pass, ranks in ((26, 1), (3, 1), (2, 2)):
+        out = tmp_path / str(per_pass)
+        words = [*plain.split(), "--per-pass", per_pass]
+        succeeds(train, *tiny_arguments(tiny_data, out), *words, ranks=ranks)
+        steps.append(read_log(out, "step"))
+    for whole, *others in zip(*steps, strict=True):
+        for other in others:
+            for name in ("triplet", "center", "gradient_norm"):
+                assert other[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-4), name
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
@@ -213,7 +210,7 @@ def test_resumed_on_another_number_of_ranks_it_is_the_same_run(
     """Stopped in the middle of stage 2's epoch by a signal to one rank only."""
     more, out = alone
     words = [*tiny_arguments(tiny_data, tmp_path), *more]
-    done = call(SignalledAt(13, signal.SIGTERM), *words, ranks=before)
+    done = call(signalled(13, signal.SIGTERM), *words, ranks=before)
     assert done.returncode == 143, done.stderr
     assert "stopped after stage 2, epoch 1, step 5 of 8" in done.stderr
     succeeds(train, *words, "--resume", ranks=after)
@@ -231,83 +228,29 @@ def test_the_users_command_by_torchrun(tiny_data, tmp_path):
 
 def test_a_mistake_ends_all_ranks(tiny_data, tmp_path):
     words = tiny_arguments(tiny_data, tmp_path / "out")
-    assert (
-        "an epoch has only 64 triplets" in call(train, *words, "--batch-size", 65, ranks=2).stderr
-    )
-    assert (
-        "fewer triplets than the 4 ranks" in call(train, *words, "--batch-size", 3, ranks=4).stderr
-    )
-    assert not (tmp_path / "out").exists()
+    for batch_size, ranks, message in (
+        (65, 2, "an epoch has only 64 triplets"),
+        (3, 4, "fewer triplets than the 4 ranks"),
+    ):
+        done = call(train, *words, "--batch-size", batch_size, ranks=ranks)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert not (tmp_path / "out").exists()
 
 
 def test_one_ranks_failure_is_one_line_and_no_traceback(tiny_data, tmp_path):
     """A rank that cannot read a file ends; the other, which waits for it, says so."""
+    read = data.read_batches
 
-    class OneCannotRead:
-        __name__ = "train"
+    def failing(*arguments):
+        batches = read(*arguments)
+        yield next(batches)
+        if runtime.rank() == 1:
+            raise runtime.UserError("photo.jpg: not an image that can be read")
+        yield from batches
 
-        def main(self) -> None:
-            read = data.read_batches
-
-            def failing(*arguments):
-                batches = read(*arguments)
-                yield next(batches)
-                if runtime.rank() == 1:
-                    raise runtime.UserError("photo.jpg: not an image that can be read")
-                yield from batches
-
-            data.read_batches = failing
-            train.main()
-
-    done = call(OneCannotRead(), *tiny_arguments(tiny_data, tmp_path), ranks=2)
+    program = altered(lambda: setattr(data, "read_batches", failing))
+    done = call(program, *tiny_arguments(tiny_data, tmp_path), ranks=2)
     assert "error: photo.jpg: not an image" in done.stderr
     assert "Traceback" not in done.stderr
     assert "rank 0: another rank failed" in done.stderr
-
-
-def test_gradients_are_sent_and_nothing_else(tmp_path):
-    """DistributedDataParallel would send BatchNorm's figures and pruning's masks in each pass."""
-
-    class Counting:
-        __name__ = "step"
-
-        def main(self) -> None:
-            runtime.start("cpu")
-            objective = make_objective("FFD")
-            prune.mask(objective.model, 10_000)
-            parallel = train.on_all_ranks(objective)
-            images, labels = make_batch(slice(0, 4))
-            sent = []
-            for name in ("broadcast", "allreduce"):
-                operation = getattr(torch.distributed.ProcessGroup, name)
-
-                def counted(group, tensors, *options, operation=operation):
-                    sent.append(sum(t.nbytes for t in tensors))
-                    return operation(group, tensors, *options)
-
-                setattr(torch.distributed.ProcessGroup, name, counted)
-            hooked = []
-
-            def hook(state, bucket):
-                hooked.append(bucket.buffer().nbytes)
-                future = torch.futures.Future()
-                future.set_result(bucket.buffer())
-                return future
-
-            parallel.register_comm_hook(None, hook)
-            parallel(images, labels[:4], (12, 12))["loss"].backward()
-            gradients = sum(p.grad.nbytes for p in objective.parameters() if p.grad is not None)
-            result = {"hooked": sum(hooked), "other": sum(sent), "gradients": gradients}
-            result["buffers"] = parallel.will_sync_module_buffers()
-            if runtime.rank() == 0:
-                (tmp_path / "bytes.json").write_text(json.dumps(result))
-            runtime.leave_ranks()
-
-    done = call(Counting(), ranks=2)
-    assert done.returncode == 0, done.stderr
-    counted = read_json(tmp_path / "bytes.json")
-    assert counted["hooked"] == counted["gradients"] > 0
-    assert not counted["buffers"]
-    assert counted["other"] > 0  # BatchNorm's sums, there and back
-    assert counted["hooked"] + counted["other"] <= 1.01 * counted["gradients"]
-    assert "Warning" not in done.stderr

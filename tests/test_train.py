@@ -5,10 +5,11 @@ Schedule, stages, resuming to the bit, evaluation to the last digit, mistakes.
 
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, fails, read_json, read_log, run, succeeds, tiny_arguments
+from conftest import fails, read_json, read_log, run, succeeds, tiny_arguments
 from PIL import Image
 
 import evaluate
@@ -16,6 +17,8 @@ import options
 import runtime
 import train
 from runtime import load_checkpoint
+
+SHORT = ["--epochs", 1, 0, "--epoch-steps", 1]
 
 
 def test_schedule_by_hand():
@@ -32,15 +35,27 @@ def test_schedule_by_hand():
     assert train.lr_factor(0, 10, 0) == 1
 
 
-def test_other_schedules_by_hand():
-    cosine = [train.cosine_factor(step, 30, 10) for step in range(30)]
-    assert cosine[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert cosine[10] == 1
-    assert cosine[20] == pytest.approx(0.5)
-    assert 0 < cosine[29] < 0.01
-    steps = [train.step_factor(step, 120, 5) for step in range(120)]
-    assert steps[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
-    assert (steps[39], steps[40], steps[70]) == pytest.approx((1, 0.1, 0.01))
+def test_cosine_by_hand():
+    factors = [train.cosine_factor(step, 30, 10) for step in range(30)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1
+    assert factors[20] == pytest.approx(0.5)
+    assert 0 < factors[29] < 0.01
+
+
+def test_the_time_left_is_that_of_both_stages():
+    """Stage 1 has 40 steps of 6 seconds; stage 2 has 80, and each takes three times as long."""
+    args = options.parse(["--epochs", "2", "5", "--epoch-steps", "20", "16"])
+
+    def left(stage: int, done: int) -> str:
+        batches = SimpleNamespace(num_steps=lambda stage: stage.epoch_steps)
+        steps = lambda stage: (done, stage.epochs * stage.epoch_steps)  # noqa: E731
+        run = SimpleNamespace(args=args, batches=batches, steps=steps)
+        return train.time_left(run, args.stages[stage - 1], seconds=6.0)
+
+    assert left(1, 10) == ", about 27 min left"
+    assert left(2, 50) == ", about 3 min left"
+    assert left(2, 75) == ""
 
 
 def test_a_run_writes_what_it_did(trained):
@@ -48,22 +63,22 @@ def test_a_run_writes_what_it_did(trained):
     stage = [*["step"] * 8, "epoch"] * 2
     assert events == ["start", *stage, *stage, "test"]
     epochs, steps = read_log(trained, "epoch"), read_log(trained, "step")
-    places = [(epoch["stage"], epoch["epoch"]) for epoch in epochs]
-    assert places == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    numbers = [(epoch["stage"], epoch["epoch"]) for epoch in epochs]
+    assert numbers == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert epochs[0]["center"] == 0 < epochs[2]["center"]
     assert [step["step"] for step in steps] == [*range(1, 17)] * 2
     assert steps[-1]["lr"] == steps[-9]["lr"]  # constant
     assert steps[0]["lr"] < steps[1]["lr"]  # warm-up
+    assert all(step["gradient_norm"] > 0 for step in steps)
     for i, epoch in enumerate(epochs):  # an epoch's means are those of its steps
-        own = steps[8 * i : 8 * i + 8]
-        assert epoch["loss"] == pytest.approx(sum(step["loss"] for step in own) / 8)
-        assert all(step["gradient_norm"] > 0 for step in own)
+        losses = [step["loss"] for step in steps[8 * i : 8 * i + 8]]
+        assert epoch["loss"] == pytest.approx(sum(losses) / 8)
         assert epoch["triplets_per_second"] > 0
     settings = read_json(trained / "config.json")
     assert settings["seed"] == 0
     assert settings["label_smoothing"] == [0.0, 0.1]
     stdout = (trained / "stdout.txt").read_text()
-    for shown in ("torch", "stage 2, epoch 2 of 2", "mAP"):
+    for shown in ("torch", "stage 2, epoch 2 of 2: loss ", "mAP"):
         assert shown in stdout
 
 
@@ -72,7 +87,7 @@ def test_stages_train_what_they_should(trained, tiny_data, tmp_path):
     succeeds(train, *tiny_arguments(tiny_data, tmp_path), "--epochs", 2, 0)
     one, both = (load_checkpoint(folder) for folder in (tmp_path, trained))
     torch.manual_seed(0)
-    fresh = train.build_model(train.GraFTConfig.from_dict(both["config"])).state_dict()
+    fresh = train.build_model(train.GraFTConfig(**both["config"])).state_dict()
     for name, weight in fresh.items():
         moved = [not torch.equal(state["model"][name], weight) for state in (one, both)]
         if name.startswith("backbone."):
@@ -96,20 +111,64 @@ def test_evaluation_of_the_checkpoint_equals_trainings_to_the_last_digit(trained
     assert metrics["R1"] <= metrics["R5"] <= metrics["R10"] <= 1
 
 
-def open_run(tiny_data, out, *more) -> train.Run:
-    arguments = [*tiny_arguments(tiny_data, out), "--workers", 0, *more]
-    return train.start_run(options.parse([str(argument) for argument in arguments]))
+def test_passes_validation_bf16_and_several_tokens_run_together(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LINE_SECONDS", 0)
+    more = "--per-pass 4 --val-ids 2 --precision bf16 --epochs 1 --triplet DFF --fusion-tokens 2"
+    more += " --data-token 5 --pad 4 --normalise imagenet"
+    stdout = succeeds(train, *tiny_arguments(tiny_data, tmp_path), *more.split())
+    assert "validation mAP" in stdout
+    assert "stage 1: 1 epochs, 4 steps" in stdout  # 2 of 4 identities x 16 samples / 8
+    assert "stage 1, epoch 1 of 1, step 3 of 4: loss " in stdout  # a file has no bar
+    assert load_checkpoint(tmp_path)["mean"]["tir"] == (0.485, 0.456, 0.406)
 
 
-def test_same_seed_same_run_and_resuming_changes_nothing(trained, tiny_data, tmp_path):
+@pytest.mark.parametrize("words", ["--epochs 0", "--recipe plus --epochs 1 --batch-size 4"])
+def test_the_checkpoint_that_is_announced_evaluates_as_it_trained(tiny_data, tmp_path, words):
+    """Also without an epoch; and plus, which tests features behind the BNNeck."""
+    stdout = succeeds(train, *tiny_arguments(tiny_data, tmp_path), *words.split())
+    assert f"{tmp_path}: config.json, last.pt, log.jsonl, metrics.json" in stdout
+    succeeds(evaluate, tmp_path, "--json", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "metrics.json").read_text()
+
+
+def test_training_in_a_thread_works_without_signals(tiny_data, tmp_path):
+    words = [*map(str, tiny_arguments(tiny_data, tmp_path)), *map(str, SHORT), "--workers", "0"]
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train.train(options.parse(words))))
+    thread.start()
+    thread.join()
+    assert results[0]["num_query"] == 24
+
+
+# --- resuming; one run owns its folder
+
+
+@pytest.fixture
+def open_run(tiny_data, tmp_path):
+    """Starts a run as train.py does, in this process."""
+    runs = []
+
+    def start(*more) -> train.Run:
+        words = [*tiny_arguments(tiny_data, tmp_path), "--workers", 0, *more]
+        runs.append(train.start_run(options.parse([str(word) for word in words])))
+        return runs[-1]
+
+    yield start
+    for started in runs:
+        started.lock.close()
+
+
+def test_same_seed_same_run_and_resuming_changes_nothing(trained, open_run, tmp_path):
     """Ended in stage 2 after its first epoch, then resumed by the folder alone."""
-    run = open_run(tiny_data, tmp_path, "--workers", 2)
+    run = open_run("--workers", 2)
+    save = run.save
 
-    def end():
+    def save_and_end(optimizer):
+        save(optimizer)
         if run.progress.stage == 2:
             raise KeyboardInterrupt
 
-    run.after_epoch = end
+    run.save = save_and_end
     train.train_stage(run, run.args.stages[0])
     with pytest.raises(KeyboardInterrupt):
         train.train_stage(run, run.args.stages[1])
@@ -123,11 +182,9 @@ def test_same_seed_same_run_and_resuming_changes_nothing(trained, tiny_data, tmp
 
 
 def test_resuming_an_empty_folder_starts_the_run(tiny_data, tmp_path):
-    short = ["--epochs", 1, 0, "--epoch-steps", 1, "--resume"]
-    assert "stage 1, epoch 1 of 1" in succeeds(train, *tiny_arguments(tiny_data, tmp_path), *short)
-    # and what is done is not done again
-    again = succeeds(train, *tiny_arguments(tiny_data, tmp_path), *short)
-    assert "stage 1, epoch 1 of 1" not in again
+    words = [*tiny_arguments(tiny_data, tmp_path), *SHORT, "--resume"]
+    assert "stage 1, epoch 1 of 1" in succeeds(train, *words)
+    assert "stage 1, epoch 1 of 1" not in succeeds(train, *words)  # it is done
 
 
 def test_an_occupied_folder_is_left_alone(trained, tiny_data):
@@ -136,64 +193,33 @@ def test_an_occupied_folder_is_left_alone(trained, tiny_data):
     assert (trained / "last.pt").read_bytes() == before
 
 
-def test_one_run_owns_its_folder(tiny_data, tmp_path):
-    run = open_run(tiny_data, tmp_path)
+def test_one_run_owns_its_folder(open_run, tiny_data, tmp_path):
+    open_run()
     line = fails(train, *tiny_arguments(tiny_data, tmp_path))
     assert "another process is writing to this folder" in line
-    run.lock.close()
 
 
-def test_passes_validation_bf16_and_several_tokens_run_together(tiny_data, tmp_path):
-    more = "--per-pass 4 --val-ids 2 --precision bf16 --epochs 1 --triplet DFF --fusion-tokens 2"
-    more += " --data-token 5 --pad 4 --normalise imagenet"
-    stdout = succeeds(train, *tiny_arguments(tiny_data, tmp_path), *more.split())
-    assert "validation mAP" in stdout
-    assert "stage 1: 1 epochs, 4 steps" in stdout  # 2 of 4 identities x 16 samples / 8
-    assert load_checkpoint(tmp_path)["mean"]["tir"] == (0.485, 0.456, 0.406)
-
-
-def test_plus_runs_and_evaluates_as_it_trained(tiny_data, tmp_path):
-    more = "--recipe plus --schedule cosine --epochs 1 --batch-size 4"
-    succeeds(train, *tiny_arguments(tiny_data, tmp_path), *more.split())
-    succeeds(evaluate, tmp_path, "--json", tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_text() == (tmp_path / "metrics.json").read_text()
-    assert load_checkpoint(tmp_path)["settings"]["features"] == "bnneck"
-
-
-def test_no_epochs_still_leave_the_checkpoint_that_is_announced(tiny_data, tmp_path):
-    stdout = succeeds(train, *tiny_arguments(tiny_data, tmp_path), "--epochs", 0)
-    assert f"{tmp_path}: config.json, last.pt, log.jsonl, metrics.json" in stdout
-    succeeds(evaluate, tmp_path, "--json", tmp_path / "again.json")
-    assert read_json(tmp_path / "again.json") == read_json(tmp_path / "metrics.json")
-
-
-def test_training_in_a_thread_works_without_signals(tiny_data, tmp_path):
-    short = ["--epochs", "1", "0", "--epoch-steps", "1", "--workers", "0"]
-    words = [*map(str, tiny_arguments(tiny_data, tmp_path)), *short]
-    results = []
-    thread = threading.Thread(target=lambda: results.append(train.train(options.parse(words))))
-    thread.start()
-    thread.join()
-    assert results[0]["num_query"] == 24
-
-
-def test_the_optimizer_of_stage_1_is_not_stage_2s(tiny_data, tmp_path):
+def test_the_optimizer_of_stage_1_is_not_stage_2s(open_run, monkeypatch):
     """Resumed at the end of stage 1, stage 2 begins afresh; see D11."""
-    run = open_run(tiny_data, tmp_path, "--epochs", 1)
+    run = open_run("--epochs", 1)
     train.train_stage(run, run.args.stages[0])
     run.lock.close()
-    resumed = train.start_run(options.parse(["--resume", "--out", str(tmp_path)]))
+    resumed = open_run("--epochs", 1, "--resume")
     train.train_stage(resumed, resumed.args.stages[0])  # is done
-    resumed.progress, resumed.stored_optimizer = train.Progress(2), None
-    _, optimizer = train.begin_stage(resumed, resumed.args.stages[1])
-    assert not optimizer.state
-    resumed.lock.close()
+    assert resumed.stored_optimizer
+
+    def begun(run, stage, parallel, optimizer):
+        assert not optimizer.state
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_epoch", begun)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_stage(resumed, resumed.args.stages[1])
 
 
-@pytest.mark.parametrize("recipe", ["paper", "plus"])
-def test_centroids_start_at_the_class_means_of_what_the_loss_sees(tiny_data, tmp_path, recipe):
-    more = ["--recipe", "plus", "--schedule", "cosine"] if recipe == "plus" else []
-    run = open_run(tiny_data, tmp_path, *more)
+@pytest.mark.parametrize("more", ["", "--recipe plus --schedule cosine"])
+def test_centroids_start_at_the_class_means_of_what_the_loss_sees(open_run, more):
+    run = open_run(*more.split())
     train.begin_stage(run, run.args.stages[0])
     assert not run.criterion.center.started
     train.begin_stage(run, run.args.stages[1])
@@ -210,7 +236,13 @@ def test_centroids_start_at_the_class_means_of_what_the_loss_sees(tiny_data, tmp
     centers.data.fill_(7.0)  # as if they had moved
     train.begin_stage(run, run.args.stages[1])
     assert (run.criterion.center.centers == 7.0).all()
-    run.lock.close()
+
+
+def test_a_checkpoint_of_another_version_can_be_evaluated_not_resumed(trained, tmp_path):
+    old = {k: v for k, v in load_checkpoint(trained).items() if k != "samples"}
+    runtime.save_checkpoint(tmp_path / "last.pt", old)
+    assert "lacks samples" in fails(train, "--out", tmp_path, "--resume")
+    succeeds(evaluate, tmp_path)
 
 
 # --- mistakes
@@ -228,7 +260,7 @@ def test_a_users_mistakes_give_one_line_and_exit_code_2(tiny_data, trained, tmp_
         (train, [*tiny, "--batch-size", 65], "--batch-size 65: an epoch has only 64 triplets"),
         (train, [*tiny, "--batch-size", 1], "BatchNorm cannot train"),
         (train, [*tiny, "--modalities", "rgb,depth"], "depth"),
-        (train, [*tiny, "--image-size", 60, 128], "60x128: patches of 16"),
+        (train, [*tiny, "--image-size", 60, 128], "the nearest are --image-size 64 128"),
         (train, [*tiny, "--backbone-weights", foreign], "not the weights of this backbone"),
         (train, [*tiny, "--backbone-weights", "absent.pth"], "absent.pth: no such file"),
         (train, [*tiny, "--out", picture], "cannot be created"),
@@ -236,63 +268,53 @@ def test_a_users_mistakes_give_one_line_and_exit_code_2(tiny_data, trained, tmp_
         (train, [*tiny, "--val-ids", 4], "--val-ids 4"),
         (evaluate, [picture], "not a checkpoint"),
         (evaluate, [tmp_path / "absent.pt"], "absent.pt: no such file"),
-        (evaluate, [trained, "--modalities", "depth"], "trained on rgb"),
+        (evaluate, [trained, "--modalities", "depth"], "the model has no modality depth"),
     ):
         assert message in fails(program, *arguments)
         assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_image_of_any_split_shows_before_the_first_step(tiny_data, tmp_path):
-    """With the store, and without it, where reading processes read the training images."""
+@pytest.fixture
+def own_data(tiny_data, tmp_path):
+    """A copy of the tiny data set to change, and the options that train on it."""
     root = tmp_path / "synthetic"
     shutil.copytree(tiny_data, root)
+    return root / "rgbir", tiny_arguments(root, tmp_path / "out")
+
+
+@pytest.mark.parametrize("store", [0, 20])
+def test_a_broken_image_of_any_split_shows_before_the_first_step(own_data, tmp_path, store):
+    root, words = own_data
     for folder in ("bounding_box_train", "query", "bounding_box_test"):
-        victim = sorted((root / "rgbir" / folder).glob("*"))[3]
+        victim = sorted((root / folder).glob("*"))[3]
         content = victim.read_bytes()
         victim.write_bytes(b"")
-        for store in (0, 20):
-            options = [*tiny_arguments(root, tmp_path / "out"), "--store", store, "--workers", 1]
-            assert f"{victim}: " in fails(train, *options)
-            assert not (tmp_path / "out").exists()
+        assert f"{victim}: " in fails(train, *words, "--store", store, "--workers", 1)
+        assert not (tmp_path / "out").exists()
         victim.write_bytes(content)
 
 
-def test_training_images_alone_train_and_say_that_nothing_was_tested(tiny_data, tmp_path):
-    root = tmp_path / "synthetic"
-    shutil.copytree(tiny_data, root)
+def test_training_images_alone_train_and_say_that_nothing_was_tested(own_data, tmp_path):
+    root, words = own_data
     for folder in ("query", "bounding_box_test"):
-        shutil.rmtree(root / "rgbir" / folder)
-    short = ["--epochs", 1, 0, "--epoch-steps", 1]
-    done = call(train, *tiny_arguments(root, tmp_path / "out"), *short)
-    assert done.returncode == 0, done.stderr
-    assert "not tested" in done.stdout
+        shutil.rmtree(root / folder)
+    assert "not tested" in succeeds(train, *words, *SHORT)
     assert not (tmp_path / "out/metrics.json").exists()
 
 
-def test_one_camera_is_refused_before_training(tiny_data, tmp_path):
-    root = tmp_path / "synthetic"
-    shutil.copytree(tiny_data, root)
-    for path in (root / "rgbir").glob("*/*"):
+def test_one_camera_is_refused_before_training(own_data, tmp_path):
+    root, words = own_data
+    for path in root.glob("*/*"):
         if "c0001" not in path.name:
             path.unlink()
-    line = fails(train, *tiny_arguments(root, tmp_path / "out"))
-    assert "another camera" in line
+    assert "another camera" in fails(train, *words)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_training_samples_cannot_be_resumed(tiny_data, tmp_path):
-    root = tmp_path / "synthetic"
-    shutil.copytree(tiny_data, root)
-    short = ["--epochs", 1, 0, "--epoch-steps", 2]
-    succeeds(train, *tiny_arguments(root, tmp_path / "out"), *short)
-    first = sorted((root / "rgbir/bounding_box_train").glob("*"))[0]
+def test_other_training_samples_cannot_be_resumed(own_data, tmp_path):
+    root, words = own_data
+    succeeds(train, *words, *SHORT)
+    first = sorted((root / "bounding_box_train").glob("*"))[0]
     shutil.copy(first, first.with_name(first.name.replace("_000", "_077")))
     line = fails(train, "--out", tmp_path / "out", "--resume")
     assert "its training samples are not those" in line
-
-
-def test_a_checkpoint_of_another_version_can_be_evaluated_not_resumed(trained, tmp_path):
-    old = {k: v for k, v in load_checkpoint(trained).items() if k != "samples"}
-    runtime.save_checkpoint(tmp_path / "last.pt", old)
-    assert "lacks samples" in fails(train, "--out", tmp_path, "--resume")
-    succeeds(evaluate, tmp_path)
