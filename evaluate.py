@@ -10,7 +10,6 @@ Shapes: Q queries, G gallery samples, N samples of a split, B of a batch, D widt
 
 import argparse
 import io
-import os
 import shlex
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import GraFTConfig, MultiModalModel, build_model
+from model import MultiModalModel, build_model, stored_config
 from runtime import UserError
 
 BATCH_SIZE = 64  # a constant, so that train.py's figures and this program's are the same digits
@@ -201,7 +200,6 @@ class Embedder:
     workers: int | None = None  # reading threads of a rank; None: its cores, at most 8
     features: str = "fusion"
     settings: dict = field(default_factory=dict)
-    checkpoint_path: Path | None = None
 
     def __post_init__(self):
         fusion = self.model.config.fusion
@@ -225,7 +223,7 @@ class Embedder:
         """
         photos = [photos] if isinstance(photos, dict) else photos
         photos = [self.model.ordered(photo) for photo in photos]
-        size, rows = self.model.config.image_size, torch.zeros(len(photos), self.model.width)
+        size, embeddings = self.model.config.image_size, torch.zeros(len(photos), self.model.width)
         self.model.eval()
         for indices in batches_alike(photos):
             images = {
@@ -234,17 +232,16 @@ class Embedder:
             }
             with self.autocast():
                 images = self.normalise(runtime.to_device(images, self.device))
-                rows[indices] = self.features_of(images).float().cpu()
-        return finite(rows)
+                embeddings[indices] = self.features_of(images).float().cpu()
+        return finite(embeddings)
 
     def embed(self, split: data.Split, flip: bool = False) -> Tensor:
         """The features of a split by which it is ranked, (N, D), in its own order."""
-        width = self.model.width
-        return self.for_each(split, lambda images: self.features_of(images, flip), width)
+        return self.for_each(split, lambda images: self.features_of(images, flip))
 
     def fusion_tokens(self, split: data.Split) -> Tensor:
         """Fusion tokens as the losses see them, (N, D): not normalised, before the BNNeck."""
-        return self.for_each(split, lambda images: self.model(images).fusion, self.model.width)
+        return self.for_each(split, lambda images: self.model(images).fusion)
 
     def features_of(self, images: dict[str, Tensor], flip: bool = False) -> Tensor:
         """L2-normalised embeddings (B, D) of normalised images.
@@ -259,24 +256,26 @@ class Embedder:
         return F.normalize(self.model.bottleneck(tokens) if self.features == "bnneck" else tokens)
 
     @torch.no_grad()
-    def for_each(self, split: data.Split, compute: Callable[[dict], Tensor], width: int) -> Tensor:
-        """`compute` of each sample's normalised images, in eval mode: (N, width), float32, CPU.
+    def for_each(self, split: data.Split, compute: Callable[[dict], Tensor]) -> Tensor:
+        """`compute` of each sample's normalised images, in eval mode: (N, D), float32, CPU.
 
-        Every rank computes its share and gets all rows. They are filled in by sample index, so
-        neither padding nor order can mix samples up.
+        Every rank computes its share and gets the whole. Each embedding is stored by its sample's
+        index, so neither padding nor order can mix samples up.
         """
         was_training = self.model.training
         self.model.eval()
-        rows = torch.zeros(len(split), width, device=self.device)
+        embeddings = torch.zeros(len(split), self.model.width, device=self.device)
         batches = batches_alike([sample.images for sample in split.samples])
-        own = batches[runtime.rank() :: runtime.world_size()]
-        with closing(data.read_batches(split, own, self.workers, self.device)) as reader:
-            progress = tqdm(reader, "embedding", len(own), leave=False, disable=None)
-            for indices, images in zip(own, progress, strict=True):
+        batches = batches[runtime.rank() :: runtime.world_size()]
+        with closing(data.read_batches(split, batches, self.workers, self.device)) as reader:
+            progress = tqdm(reader, "embedding", len(batches), leave=False, disable=None)
+            for indices, images in zip(batches, progress, strict=True):
+                # On the device already: a list as the index would make the host wait for the GPU
+                indices = runtime.to_device(torch.tensor(indices), self.device)
                 with self.autocast():
-                    rows[indices] = compute(self.normalise(images))
+                    embeddings[indices] = compute(self.normalise(images))
         self.model.train(was_training)
-        return finite(runtime.all_sum(rows).cpu())
+        return finite(runtime.all_sum(embeddings).cpu())
 
 
 def read_photo(photo: str | Path | Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
@@ -287,7 +286,7 @@ def read_photo(photo: str | Path | Image.Image | Tensor, size: tuple[int, int]) 
         file = io.BytesIO()
         ImageOps.exif_transpose(photo).save(file, "TIFF")
         photo = file
-    return data.read_tiles(photo, [None], size)[0]
+    return data.to_tensor(data.read_image(photo), size)
 
 
 def batches_alike(photos: list[dict]) -> list[list[int]]:
@@ -299,12 +298,12 @@ def batches_alike(photos: list[dict]) -> list[list[int]]:
     return [group[i : i + BATCH_SIZE] for group, i in starts]
 
 
-def finite(rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows).all():
+def finite(embeddings: Tensor) -> Tensor:
+    if not embeddings.isfinite().all():
         raise UserError(
             "the model's embeddings are not finite: its weights are damaged, or training diverged"
         )
-    return rows
+    return embeddings
 
 
 # --- checkpoints
@@ -317,16 +316,13 @@ def load_embedder(path: str | Path, device: str | torch.device = "auto", **optio
     UserError for a file that is no checkpoint.
     """
     model, checkpoint = load_model(path)
-    config, settings = checkpoint["config"], checkpoint["settings"]
-    if "features" not in settings:  # checkpoints of older versions have it in the model's config
-        bnneck = "bnneck" if config.get("bnneck_features") else "fusion"
-        settings["features"] = "data" if config.get("test_token") == "data" else bnneck
+    settings = checkpoint["settings"]
     for name in ("precision", "workers", "features"):
         if options.get(name) is None:
             options[name] = settings.get(name, getattr(Embedder, name))
     device = runtime.start(device) if isinstance(device, str) else device
-    origin = {"settings": settings, "checkpoint_path": runtime.checkpoint_file(path)}
-    return Embedder(model, checkpoint["mean"], checkpoint["std"], device, **options, **origin)
+    mean, std = checkpoint["mean"], checkpoint["std"]
+    return Embedder(model, mean, std, device, **options, settings=settings)
 
 
 def load_model(path: str | Path) -> tuple[MultiModalModel, dict]:
@@ -339,7 +335,7 @@ def load_model(path: str | Path) -> tuple[MultiModalModel, dict]:
         if not isinstance(checkpoint.get(name), dict):
             raise UserError(f"{path}: lacks {name}; expected a checkpoint written by train.py")
     try:
-        config = GraFTConfig.from_dict(checkpoint["config"])
+        config = stored_config(checkpoint["config"])
         # On the meta device a model takes no memory, however large a stranger's file says it is.
         # timm's hold tensors that no file has, but their sizes are known
         with torch.device("cpu" if config.backbone.startswith("timm:") else "meta"):
@@ -353,47 +349,42 @@ def load_model(path: str | Path) -> tuple[MultiModalModel, dict]:
         raise UserError(
             f"{path}: its weights and its configuration do not fit this version's model ({reason})"
         ) from None
+    stored, settings = checkpoint["config"], checkpoint["settings"]
+    if "features" not in settings:  # older versions had it in the model's configuration
+        bnneck = "bnneck" if stored.get("bnneck_features") else "fusion"
+        settings["features"] = "data" if stored.get("test_token") == "data" else bnneck
     return model.float().eval(), checkpoint  # float: files may hold half precision
 
 
 # --- command line
-
-PICTURES = {  # options
-    "ranked_list": "queries with their ten best",
-    "failures": "the worst queries and what they were taken for",
-    "attention": "where the fusion token attends (GraFT)",
-    "cmc": "the CMC curve (needs matplotlib)",
-    "map": "t-SNE of gallery samples, a colour an identity (needs scikit-learn, matplotlib)",
-}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Test a checkpoint (section 5.3): mAP, CMC and mINP of its test split.")
     add = parser.add_argument
     add("--all-subsets", action="store_true", help="evaluate every subset of the modalities")
-    add("--flip", action="store_true", help="embed images and mirror images, and take the mean")
-    add("--rerank", action="store_true", help="k-reciprocal re-ranking (k1 20, k2 6, 0.3)")
-    add("--json", type=Path, metavar="FILE", help="write the figures, and those of each query")
-    add = parser.add_argument_group("pictures").add_argument
-    for name, text in PICTURES.items():
-        add("--" + name.replace("_", "-"), type=Path, metavar="FILE", help=text)
-    text = "which queries to draw: random, best, worst (two each), or names"
-    add("--queries", nargs="+", default=["random", "best", "worst"], metavar="Q", help=text)
-    add("--seed", type=runtime.whole(0), default=0, help="of the random queries, and of --map")
+    add("--flip", action="store_true", help="average the embeddings of image and mirror image")
+    text = "k-reciprocal re-ranking (Zhong et al. 2017; k1=20, k2=6, lambda=0.3)"
+    add("--rerank", action="store_true", help=text)
+    text = "write the metrics, and each query's average precision and rank"
+    add("--json", type=Path, metavar="FILE", help=text)
+    runtime.imported("extras.pictures.add_options")(parser)
     return parser.parse_args(argv)
 
 
-def make_parser(description: str, **more) -> runtime.Parser:
-    """The options of every program that tests a checkpoint."""
+def make_parser(description: str, tests: bool = True, **more) -> runtime.Parser:
+    """The options of programs that read a checkpoint; `tests`: and rank a data set's test split."""
     parser = runtime.Parser(description, **more)
+    add = parser.add_argument
     text = "written by train.py or prune.py: a file, or a run's folder for its last.pt"
-    parser.add_argument("checkpoint", metavar="CKPT", help=text)
-    data.add_options(parser, trained=True)
-    text = "fusion tokens (paper), what leaves the BNNeck, or data tokens (default: as in training)"
-    parser.add_argument("--features", choices=FEATURES, help=text)
+    add("checkpoint", metavar="CKPT", help=text)
+    if tests:
+        data.add_options(parser, trained=True)
+        text = "fusion tokens (paper), BNNeck's output, or data tokens (default: as in training)"
+        add("--features", choices=FEATURES, help=text)
     runtime.add_device_options(parser, precision=None)
-    text = "reading threads of a rank (default: as in training, else its cores)"
-    parser.add_argument("--workers", type=runtime.whole(0), help=text)
+    text = "reading threads of a rank (default: as in training, else one per core, at most 8)"
+    add("--workers", metavar="N", type=runtime.whole(0), help=text)
     return parser
 
 
@@ -432,31 +423,13 @@ def subsets(modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [subset for size in sizes for subset in combinations(modalities, size)]
 
 
-def check_pictures(args: argparse.Namespace, drawn: list[str]) -> None:
-    """Refuse what could not be drawn after all is embedded and ranked."""
-    for name in drawn:
-        option = "--" + name.replace("_", "-")
-        runtime.check_output(getattr(args, name), option, (".png", ".jpg", ".jpeg"))
-    if args.all_subsets or "RANK" in os.environ:
-        raise UserError("pictures show one ranking, by one process: no --all-subsets, no torchrun")
-    if args.cmc:
-        runtime.imported("extras.pictures").need_matplotlib()
-    if args.map:
-        runtime.imported("extras.tsne").need_sklearn()
-
-
-def evaluate(args: argparse.Namespace) -> dict:
-    """The figures of a checkpoint; with --all-subsets, by subset."""
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the metrics of a checkpoint, for every subset of its modalities if asked to."""
     runtime.check_output(args.json, "--json")
-    if drawn := [name for name in PICTURES if getattr(args, name)]:
-        check_pictures(args, drawn)
+    pictures = runtime.imported("extras.pictures")
+    pictures.check(args)
     embedder, dataset = open_checkpoint(args)
-    fusion = embedder.model.config.fusion
-    if args.attention and fusion != "graft":
-        raise UserError(f"--attention: a model with --fusion {fusion} has no fusion tokens")
-    if drawn:
-        pictures = runtime.imported("extras.pictures")
-        pictures.check_queries(args.queries, dataset.query)
+    pictures.check_subjects(args, embedder, dataset.query)
     chosen = subsets(args.modalities) if args.all_subsets else [args.modalities]
     splits = {s: (dataset.query.restricted(s), dataset.gallery.restricted(s)) for s in chosen}
     for pair in splits.values():
@@ -466,17 +439,14 @@ def evaluate(args: argparse.Namespace) -> dict:
         q, g = embedder.embed(query, args.flip), embedder.embed(gallery, args.flip)
         ranking = rank_features((query, q), (gallery, g), args.rerank)
         metrics = results[",".join(subset)] = metrics_dict(embedder.model, ranking)
-        shown = f"{','.join(subset):<16}" if args.all_subsets else ""
-        runtime.print0(shown + summary(metrics))
+        name = f"{','.join(subset):<16}" if args.all_subsets else ""
+        runtime.print0(name + summary(metrics))
     if len({metrics["num_valid"] for metrics in results.values()}) > 1:
-        runtime.print0("the rows rank different queries: some samples lack a sensor")
-    found = results if args.all_subsets else metrics
+        runtime.print0("the rows rank different queries, because some samples lack a sensor")
     if args.json and runtime.rank() == 0:
-        runtime.write_json(args.json, found)
-        print(f"{args.json}: the figures, and those of each query")
-    if drawn:
-        pictures.draw(args, embedder, ranking)
-    return found
+        runtime.write_json(args.json, results if args.all_subsets else metrics)
+        print(f"{args.json}: the metrics, and each query's average precision and rank")
+    pictures.draw(args, embedder, ranking)
 
 
 @runtime.program

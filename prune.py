@@ -5,9 +5,10 @@ python prune.py runs/rgbnt100 --params 76M 70M 60M 46M --half  its parameters
 python prune.py runs/synthetic --keep 0.5 --structured         whole heads and MLP channels
 python prune.py runs/synthetic --resume                        continues runs/synthetic/pruned
 
-Each target starts from the one before. OUT/TARGET.pt, e.g. OUT/46M.pt, are checkpoints like any
-other: evaluate.py reads them, prune.py prunes them further. OUT/results.json holds the table,
-OUT/last.pt what --resume needs. Masks make files small, but a model no faster.
+Each target is reached from the one before in --rounds rounds of pruning and finetuning, and becomes
+a checkpoint like any other, e.g. OUT/46M.pt: evaluate.py reads it, prune.py can prune it further.
+OUT/results.json holds the table, OUT/last.pt what --resume needs. Masks make files smaller, but
+give no speed-up.
 """
 
 from argparse import Namespace
@@ -35,7 +36,7 @@ def layers(model: MultiModalModel) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if layer in found}
 
 
-def prunable(model: MultiModalModel) -> int:
+def num_prunable(model: MultiModalModel) -> int:
     """How many weights could be pruned before any was."""
     config = model.config
     if config.blocks:  # a ViT that has lost heads and channels counts what it once had
@@ -43,8 +44,8 @@ def prunable(model: MultiModalModel) -> int:
     return sum(layer.weight.numel() for layer in layers(model).values())
 
 
-def kept(model: MultiModalModel) -> int:
-    """How many of them are left."""
+def num_kept(model: MultiModalModel) -> int:
+    """How many of the prunable weights are left."""
     return sum(int(layer.weight.count_nonzero()) for layer in layers(model).values())
 
 
@@ -71,12 +72,13 @@ def make_permanent(model: MultiModalModel) -> None:
 
 @dataclass
 class Pruning:
-    """What was asked for, and how far it has come: OUT/results.json, and part of OUT/last.pt."""
+    """The plan and how far it has come: what OUT/results.json holds, and a part of OUT/last.pt."""
 
-    plan: dict  # see PLAN
+    plan: dict  # the options of PLAN
     targets: dict[str, float]  # as typed -> fraction of the prunable weights, largest first
-    start: float  # fraction that the given checkpoint had
-    rounds: int = 0  # that are done
+    start: float  # the same fraction of the given checkpoint
+    origin: str | None = None  # the given checkpoint's fingerprint; older versions have none
+    rounds: int = 0  # rounds that are done
     rows: list[dict] = field(default_factory=list)
     log_size: int = 0
 
@@ -89,33 +91,31 @@ class Pruning:
         return fractions
 
 
-def prune_model(args: Namespace) -> list[dict]:
-    """All rounds, or those that OUT still lacks; returns the rows of OUT/results.json."""
+def prune_model(args: Namespace) -> None:
+    """Prune in all rounds, or in those that OUT still lacks."""
     run, pruning = open_run(args)
     plan, labels, fractions = pruning.plan, list(pruning.targets), pruning.fractions()
-    runtime.print0(f"options: {evaluate.as_typed(Namespace(**{**vars(args), **plan}))}")
+    runtime.print0(f"settings: {evaluate.as_typed(Namespace(**{**vars(args), **plan}))}")
     if not pruning.rows:
         add_row(run, "start", pruning)
     stage = finetuning(run, plan)
     for i, fraction in enumerate(fractions[pruning.rounds :], pruning.rounds + 1):
         # Numbered behind the two stages of training, so that each round draws its own triplets
         stage = replace(stage, number=i + 2, name=f"round {i} of {len(fractions)}")
-        prune_once(run, stage, round(fraction * prunable(run.model)), plan["structured"])
+        prune_once(run, stage, round(fraction * num_prunable(run.model)), plan["structured"])
         pruning.rounds = i
         if i % plan["rounds"] == 0:
             add_row(run, labels[i // plan["rounds"] - 1], pruning)
         pruning.log_size = run.log.size
         with runtime.rank0_first():
             write(args.out / "last.pt", run.model, {**run.describe(), "pruning": vars(pruning)})
-    return pruning.rows
+    runtime.print0(f"{args.out}/results.json: accuracy and size of each model")
 
 
 def prune_once(run: train.Run, stage: train.Stage, keep: int, structured: bool) -> None:
     """One round: leave `keep` weights, and finetune. The centroids continue from where they are."""
     if structured:
-        shrink = runtime.imported("extras.structured.shrink")
-        run.embedder = replace(run.embedder, model=shrink(run.model, keep))
-        run.batches.embedder = run.embedder
+        runtime.imported("extras.structured.shrink_run")(run, keep)
     else:
         mask(run.model, keep)
     run.progress = train.Progress(stage.number)
@@ -126,7 +126,7 @@ def prune_once(run: train.Run, stage: train.Stage, keep: int, structured: bool) 
 
 
 def finetuning(run: train.Run, plan: dict) -> train.Stage:
-    """The settings of the epochs after a round: stage 2's, but for what the plan says."""
+    """Stage 2's settings, but for what the plan says."""
     epochs = {"epochs": plan["finetune_epochs"], "epoch_steps": plan["epoch_steps"]}
     stage = replace(run.args.stages[1], frozen=False, **epochs)
     if plan["lr"] is not None:
@@ -149,7 +149,7 @@ def write(path: Path, model: MultiModalModel, description: dict, half: bool = Fa
 
 
 def add_row(run: train.Run, label: str, pruning: Pruning) -> None:
-    """Write OUT/LABEL.pt, and what the model in that file is worth to OUT/results.json."""
+    """Write OUT/LABEL.pt, and to OUT/results.json how good and how large that file's model is."""
     file = run.args.out / f"{label}.pt"
     with runtime.rank0_first():
         write(file, run.model, run.describe(), pruning.plan["half"])
@@ -160,7 +160,7 @@ def add_row(run: train.Run, label: str, pruning: Pruning) -> None:
     row = {
         "label": label,
         "params": model.num_parameters(nonzero=True),
-        "kept": kept(model) / prunable(model),
+        "kept": num_kept(model) / num_prunable(model),
         "bytes": file.stat().st_size,
         **{name: metrics[name] for name in ("mAP", "R1", "R5", "R10", "machine")},
     }
@@ -173,7 +173,7 @@ def add_row(run: train.Run, label: str, pruning: Pruning) -> None:
 
 # --- starting and resuming
 
-PLAN = {  # what a resumed pruning keeps, and the defaults
+PLAN = {  # the options that make the result, with their defaults: a resumed pruning keeps its own
     "params": None, "keep": None, "structured": False, "half": False, "rounds": 3,
     "finetune_epochs": 1, "epoch_steps": 0, "lr": None, "schedule": None, "precision": None,
     "seed": 0,
@@ -187,13 +187,14 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
     if resumed and not args.resume:
         raise UserError(f"{args.out}: holds a run already; choose another --out, or give --resume")
     path = last if resumed else args.checkpoint
-    embedder, checkpoint = evaluate.load_embedder(path, device), runtime.load_checkpoint(path)
+    model, checkpoint = evaluate.load_model(path)
     needed = {"pids", "criterion"} | ({"pruning", "samples"} if resumed else set())
     if not needed <= checkpoint.keys():
         program = "prune.py" if resumed else "train.py or prune.py"
         raise UserError(f"{path}: expected a checkpoint that {program} wrote")
-    pruning = planned(args, embedder.model, checkpoint.get("pruning") if resumed else None)
-    settings, chosen = options.from_checkpoint(embedder.settings), {**vars(args), **pruning.plan}
+    pruning = planned(args, model, checkpoint["pruning"] if resumed else None)
+    settings = options.from_checkpoint(checkpoint["settings"])
+    chosen = {**vars(args), **pruning.plan}
     for name in ("out", "device", "data_root", "workers", "seed", "precision"):
         if chosen[name] is not None:
             setattr(settings, name, chosen[name])
@@ -202,47 +203,48 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
         raise UserError(f"{settings.data_root}: {path} was trained on other identities")
     if resumed:
         train.check_same_samples(settings, checkpoint, dataset)
-    run = train.Run(settings, device, dataset, embedder.model)
+    run = train.Run(settings, device, dataset, model)
     for split in (dataset.train, dataset.query, dataset.gallery):
         split.open()
     run.checkpoint_path = None  # a round is saved when it is over
-    run.own_out(pruning.log_size, resumed)
+    run.open_out(pruning.log_size, resumed)
     run.criterion.load_state_dict(checkpoint["criterion"])
     return run, pruning
 
 
 def planned(args: Namespace, model: MultiModalModel, stored: dict | None) -> Pruning:
-    """The pruning to start, or the stored one to continue as it began."""
+    """The pruning to start, or the stored one, if the command line does not contradict it."""
     given = {name: getattr(args, name) for name in PLAN if getattr(args, name) is not None}
+    origin = runtime.fingerprint(args.checkpoint)
     if stored is None:
-        plan = {**PLAN, **given}
-        return Pruning(plan, read_targets(plan, model), kept(model) / prunable(model))
+        plan, fraction = {**PLAN, **given}, num_kept(model) / num_prunable(model)
+        return Pruning(plan, read_targets(plan, model), fraction, origin)
+    pruning = Pruning(**stored)
+    if pruning.origin not in (origin, None):
+        raise UserError(f"{args.out}: holds a pruning of another checkpoint; choose another --out")
     for name, value in given.items():
-        if stored["plan"][name] != value:
+        if pruning.plan[name] != value:
             raise UserError(
                 f"--{name.replace('_', '-')} {value}: the pruning in {args.out} has"
-                f" {stored['plan'][name]}; leave the option out, or choose another --out"
+                f" {pruning.plan[name]}; leave the option out, or choose another --out"
             )
-    return Pruning(**stored)
+    return pruning
 
 
 def read_targets(plan: dict, model: MultiModalModel) -> dict[str, float]:
     """The targets as typed -> fractions of the prunable weights, largest first."""
     if not (plan["params"] or plan["keep"]):
         raise UserError("expected targets, e.g. --params 76M 60M or --keep 0.69 0.5")
-    total, left, least = prunable(model), kept(model), 0
+    total, left, least, targets = num_prunable(model), num_kept(model), 0, {}
     if plan["structured"]:
-        structured = runtime.imported("extras.structured")
-        structured.check(model)
-        least = structured.smallest(model.config)
-    targets = {}
+        least = runtime.imported("extras.structured.smallest")(model)
     for text in plan["params"] or plan["keep"]:
         try:
             number = 1e6 * float(text[:-1]) if text.endswith("M") else float(text)
         except ValueError:
             raise UserError(f"{text}: expected a target such as 76M or 0.5") from None
         fraction = number
-        if plan["params"]:  # counts the weights that are never pruned, too
+        if plan["params"]:  # these count the weights that are never pruned, too
             fraction = (number - (model.num_parameters(nonzero=True) - left)) / total
         if not least / total < fraction < left / total:
             raise UserError(
@@ -257,37 +259,31 @@ def read_targets(plan: dict, model: MultiModalModel) -> dict[str, float]:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    parser = runtime.Parser(__doc__)
+    parser = evaluate.make_parser(__doc__, tests=False)
     add = parser.add_argument
-    text = "written by train.py or prune.py: a file, or a run's folder for its last.pt"
-    add("checkpoint", metavar="CKPT", help=text)
     target = parser.add_mutually_exclusive_group()
-    text = "non-zero parameters of the whole model, e.g. 76M 60M"
+    text = "targets: non-zero parameters of the whole model, e.g. 76M 60M"
     target.add_argument("--params", nargs="+", metavar="N", help=text)
-    text = "fractions of the backbone's weights to keep: attention and MLPs, or convolutions"
+    text = "targets: shares of the backbone's attention and MLP weights, e.g. 0.69 0.5"
     target.add_argument("--keep", nargs="+", metavar="F", help=text)
-    text = "remove whole heads and MLP channels: a smaller dense model"
-    add("--structured", action="store_true", default=None, help=text)
-    text = "store the targets' weights in 2 bytes each"
-    add("--half", action="store_true", default=None, help=text)
-    text = "to each target; published code: up to 30 (default: 3)"
+    flag = {"action": "store_true", "default": None}  # None: not given, see PLAN
+    text = "remove whole heads and MLP channels, which leaves a smaller, faster, dense model"
+    add("--structured", **flag, help=text)
+    add("--half", **flag, help="store the pruned models in half precision")
+    text = "pruning rounds per target; published code: up to 30 (default: 3)"
     add("--rounds", metavar="N", type=whole(1), help=text)
-    text = "after each round; published code: 9 (default: 1)"
+    text = "epochs of finetuning after each round; published code: 9 (default: 1)"
     add("--finetune-epochs", metavar="N", type=whole(0), help=text)
-    add("--epoch-steps", metavar="N", type=whole(0), help="end an epoch after so many steps")
-    text = "of finetuning; published code: 2e-6 (default: stage 2's, like all its settings)"
+    add("--epoch-steps", metavar="N", type=whole(0), help="end each epoch after N steps")
+    text = "rate of finetuning; published code: 2e-6 (default: stage 2's, as all other settings)"
     add("--lr", metavar="LR", type=real(0), help=text)
-    text = "of finetuning; published code: cosine (default: stage 2's)"
+    text = "schedule of finetuning; published code: cosine (default: stage 2's)"
     add("--schedule", choices=options.SCHEDULES, help=text)
     add("--seed", metavar="N", type=whole(0), help="random seed (default: 0)")
-    add("--data-root", metavar="DIR", help="the data set's folder (default: as in training)")
+    add("--data-root", metavar="PATH", help="the data set (default: as in training)")
     text = "folder to write (default: pruned, or structured, beside CKPT)"
     add("--out", type=Path, metavar="DIR", help=text)
     add("--resume", action="store_true", help="continue what OUT holds; start it if OUT is empty")
-    text = "draw mAP over parameters, as Fig. 1 does (needs matplotlib)"
-    add("--chart", type=Path, metavar="FILE", help=text)
-    runtime.add_device_options(parser, precision=None)
-    add("--workers", metavar="N", type=whole(0), help="reading processes (default: as in training)")
     args = parser.parse_args(argv)
     beside = "structured" if args.structured else "pruned"
     args.out = args.out or runtime.checkpoint_file(args.checkpoint).parent / beside
@@ -296,18 +292,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 @runtime.program
 def main() -> None:
-    args = parse()
-    if args.chart:
-        pictures = runtime.imported("extras.pictures")
-        pictures.need_matplotlib()
-        runtime.check_output(args.chart, "--chart", (".png", ".pdf", ".svg"))
-    rows = prune_model(args)
-    if args.chart and runtime.rank() == 0:
-        x = [row["params"] / 1e6 for row in rows]
-        y = [100 * row["mAP"] for row in rows]
-        axes = {"xlabel": "non-zero parameters (millions)", "ylabel": "mAP (%)"}
-        pictures.chart([{"lines": {"mAP": (x, y)}, **axes}], args.chart)
-        print(f"{args.chart}: mAP over parameters")
+    prune_model(parse())
 
 
 if __name__ == "__main__":

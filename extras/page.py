@@ -41,7 +41,7 @@ details td { overflow-wrap: anywhere; }
 
 def write(args: argparse.Namespace, folder: Path) -> Path:
     """FOLDER/report.html, from the checkpoint and the log in it, and the data set."""
-    pictures.need_matplotlib()
+    pictures.need("matplotlib")
     panels = pictures.training_panels(folder)  # first: a mistake is found before the work
     embedder, dataset = evaluate.open_checkpoint(args)
     ranking = evaluate.rank_splits(embedder, dataset.query, dataset.gallery)
@@ -57,13 +57,14 @@ def write(args: argparse.Namespace, folder: Path) -> Path:
         *queries(embedder, ranking, args.seed),
         settings_table(embedder.settings),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style>\n"
-        + "\n".join(sections)
-        + "</html>\n"
-    )
+    lines = [
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        *sections,
+        "</html>\n",
+    ]
+    page = "\n".join(lines)
     path = folder / "report.html"
     runtime.write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8"))
     return path
@@ -85,20 +86,19 @@ def head(title: str, metrics: dict) -> str:
 
 
 def sensors(embedder: evaluate.Embedder, dataset, metrics: dict) -> str:
-    """A table of all sensors, of each left out, and of each alone."""
-    names = dataset.modalities
-    if len(names) == 1:
+    """A table of all subsets of the sensors, the largest first."""
+    *others, every = evaluate.subsets(dataset.modalities)
+    if not others:
         return ""
-    without = [tuple(m for m in names if m != left_out) for left_out in names]
-    found = {names: metrics}
-    for subset in dict.fromkeys([*without, *((name,) for name in names)]):
+    results = {every: metrics}
+    for subset in reversed(others):
         parts = [split.restricted(subset) for split in (dataset.query, dataset.gallery)]
         if all(map(len, parts)):
             ranking = evaluate.rank_features(*((part, embedder.embed(part)) for part in parts))
-            found[subset] = evaluate.metrics_dict(embedder.model, ranking)
-    columns = ["mAP", "R1", "R5", "R10"]
+            results[subset] = evaluate.metrics_dict(embedder.model, ranking)
+    columns = ("mAP", "R1", "R5", "R10")
     rows = [["sensors in testing", *columns]]
-    for subset, values in found.items():
+    for subset, values in results.items():
         rows.append([" + ".join(subset), *(f"{100 * values[name]:.1f}" for name in columns)])
     return "<h2>With some of the sensors</h2>" + table(rows)
 
@@ -124,13 +124,13 @@ def queries(embedder: evaluate.Embedder, ranking: evaluate.Ranking, seed: int) -
         f"<h2>Queries and their ten best</h2><p>From top to bottom: {escape(', '.join(names))}."
         " ✓ the same identity, ✗ another. Scroll a row sideways for the rest →</p>"
         + rows_of_cells(pictures.ranked_list(ranking, chosen), names, "row long"),
-        "<h2>Worst queries</h2><p>What they were taken for, and at the end the first right one."
-        " Scroll sideways →</p>" + rows_of_cells(failures, names, "row long"),
+        "<h2>Worst queries</h2><p>Their most similar wrong samples, and at the end the first"
+        " correct match. Scroll sideways →</p>" + rows_of_cells(failures, names, "row long"),
     ]
     if embedder.model.config.fusion == "graft":
         rows = pictures.attention(embedder, query, [i for i, _ in chosen])
         sections.append(
-            "<h2>Attention</h2><p>Where the fusion token looks, in each sensor's encoder."
+            "<h2>Attention</h2><p>Where the fusion token attends in each sensor's encoder."
             f" {' '.join(pictures.ATTENTION)}</p>"
             f'<div class="charts">{rows_of_cells(rows, names, "row")}</div>'
         )
@@ -152,7 +152,7 @@ def table(rows: list[list[str]]) -> str:
 
 def rows_of_cells(rows: list[list[Cell]], names: tuple[str, ...], kind: str) -> str:
     figures = ["".join(figure(cell, names) for cell in row) for row in rows]
-    return "".join(f'<div class="{kind}">{row}</div>' for row in figures)
+    return "".join(f'<div class="{kind}">{text}</div>' for text in figures)
 
 
 MARKS = {pictures.RIGHT: ("right", "✓ "), pictures.WRONG: ("wrong", "✗ ")}

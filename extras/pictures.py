@@ -3,15 +3,17 @@
 python -m extras.pictures runs/synthetic            draws RUN/curves.png from RUN/log.jsonl
 python -m extras.pictures runs/synthetic --html     puts everything on one page, RUN/report.html
 
-evaluate.py draws its ranked lists, failures, attention maps, CMC curve and map by `draw`.
+evaluate.py's picture options are declared, checked and drawn here.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -20,55 +22,95 @@ from torch import Tensor
 import data
 import evaluate
 import runtime
+from extras import tsne
+from model import GraFT
 from runtime import UserError
 
 # Frames: right and wrong are the same identity and another; a match is above the threshold,
 # whatever it shows
 RIGHT, WRONG, MATCH, PLAIN = (0, 150, 60), (210, 30, 30), (30, 90, 220), (90, 90, 90)
 ABSENT = (215, 215, 215)  # where a sample lacks a sensor
-HEIGHT, GAP, FRAME, LINE = 72, 8, 4, 15  # pixels: of an image, between cells, a frame, a text line
+HEIGHT, GAP, FRAME, LINE = 72, 8, 4, 16  # pixels: of an image, between cells, a frame, a text line
 
-# --- what evaluate.py asks for
+# --- what evaluate.py draws
 
+OPTIONS = {  # name -> what it draws, and the packages that it needs
+    "ranked_list": ("queries with the ten gallery samples most similar to each",),
+    "failures": ("the worst queries with their wrong matches",),
+    "attention": ("where the fusion token attends (GraFT)",),
+    "cmc": ("the CMC curve", "matplotlib"),
+    "map": ("t-SNE of gallery samples, one colour per identity", "matplotlib", "scikit-learn"),
+}
+RANKED = "Green: the same identity. Red: another one. The query's own camera is left out."
+FAILURES = "Red: the most similar samples of other identities. Green: the first correct match."
 ATTENTION = (
-    "Each map runs from its own least attention (black) to its most (white).",
-    "Percentages: its share on image patches; the rest is on the fusion token, CLS and the like.",
+    "Each map runs from its own lowest attention (black) to its highest (white).",
+    "Percentages: how much of the fusion token's attention is on the image patches;",
+    "the rest is on the fusion token itself, on CLS, and on other tokens that are no patches.",
 )
 
 
-def check_queries(words: list[str], query: data.Split) -> None:
-    """Raise UserError for a query that there is not."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("pictures").add_argument
+    for name, (text, *packages) in OPTIONS.items():
+        text += f" (needs {', '.join(packages)})" if packages else ""
+        add("--" + name.replace("_", "-"), type=Path, metavar="FILE", help=text)
+    text = "which queries to draw: random, best, worst (two of each), or names"
+    add("--queries", nargs="+", default=["random", "best", "worst"], metavar="Q", help=text)
+    text = "random seed of the random queries and of --map"
+    add("--seed", metavar="N", type=runtime.whole(0), default=0, help=text)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for pictures that could not be written, or show more than one ranking."""
+    wanted = [name for name in OPTIONS if getattr(args, name)]
+    for name in wanted:
+        option = "--" + name.replace("_", "-")
+        runtime.check_output(getattr(args, name), option, (".png", ".jpg", ".jpeg"))
+        need(*OPTIONS[name][1:])
+    if wanted and (args.all_subsets or "RANK" in os.environ):
+        raise UserError(
+            "pictures show a single ranking: draw them without --all-subsets and without torchrun"
+        )
+
+
+def check_subjects(
+    args: argparse.Namespace, embedder: evaluate.Embedder, query: data.Split
+) -> None:
+    """Raise UserError for an unknown query, or a model without the attention that is asked for."""
     names = [sample.name for sample in query.samples]
-    for word in words:
+    for word in args.queries:
         if word not in ("random", "best", "worst", *names):
             raise UserError(f"--queries {word}: no query has this name; one is {names[0]}")
+    fusion = embedder.model.config.fusion
+    if args.attention and fusion != "graft":
+        raise UserError(f"--attention: a model with --fusion {fusion} has no fusion tokens")
 
 
 def draw(args: argparse.Namespace, embedder: evaluate.Embedder, ranking: evaluate.Ranking) -> None:
     """Draw the pictures that evaluate.py's options name, and print a line for each."""
     ap, query = ranking.metrics.ap, ranking.query
     chosen = choose(args.queries, query, ap, args.seed)
+    # Of a re-ranking this is what sorts; it has no cosines
+    note = ("Similarity: minus the re-ranked distance.",) if args.rerank else ()
     if args.ranked_list:
-        key = "Green: the same identity. Red: another. The query's own camera is left out."
-        sheet(ranked_list(ranking, chosen), query.modalities, args.ranked_list, (key,))
-        print(f"{args.ranked_list}: {len(chosen)} queries with their ten best")
+        key = (RANKED, *note)
+        sheet(ranked_list(ranking, chosen), query.modalities, args.ranked_list, key)
     if args.failures:
-        key = "Red: the nearest samples of another identity. Green: the first right one."
-        worst = choose(["worst"], query, ap, args.seed, 6)
+        worst, key = choose(["worst"], query, ap, args.seed, 6), (FAILURES, *note)
         rows = ranked_list(ranking, worst, 6, failures=True)
-        sheet(rows, query.modalities, args.failures, (key,))
-        print(f"{args.failures}: the worst queries and what they were taken for")
-    if args.cmc:
-        chart([cmc_panel(ranking.metrics.cmc)], args.cmc)
-        print(f"{args.cmc}: the CMC curve")
+        sheet(rows, query.modalities, args.failures, key)
     if args.attention:
         rows = attention(embedder, query, [i for i, _ in chosen])
         sheet(rows, query.modalities, args.attention, ATTENTION)
-        print(f"{args.attention}: where the fusion token attends")
+    if args.cmc:
+        chart([cmc_panel(ranking.metrics.cmc)], args.cmc)
     if args.map:
-        tsne = runtime.imported("extras.tsne")  # it draws with this module
+        print("drawing the map ...", flush=True)  # t-SNE takes a minute
         tsne.draw(embedder, ranking.gallery, args.map, args.seed)
-        print(f"{args.map}: t-SNE of gallery samples")
+    for name, (text, *_) in OPTIONS.items():
+        if path := getattr(args, name):
+            print(f"{path}: {text}")
 
 
 Chosen = list[tuple[int, str]]  # queries, each with the reason why it is drawn
@@ -99,33 +141,31 @@ class Cell(NamedTuple):
 def sheet(rows: list[list[Cell]], modalities: tuple[str, ...], path: str | Path, key=()) -> None:
     """Draw rows of cells, a cell's modalities below one another; one that it lacks stays grey.
 
-    `key`: lines of text below the rows. Raises UserError where `path` cannot be written.
+    `key`: lines of text below the rows.
     """
     font = ImageFont.load_default(12)
     cells = [cell for row in rows for cell in row]
     shapes = [image.shape for cell in cells for image in cell.images.values()]
     width = max(round(HEIGHT * W / H) for _, H, W in shapes)
-    texts = [font.getlength(line) for cell in cells for line in cell.lines]
-    cell_width = round(max(width + 2 * FRAME, *texts)) + GAP
+    widest = max(font.getlength(line) for cell in cells for line in cell.lines)
+    cell_width = round(max(width + 2 * FRAME, widest)) + GAP
     text_height = LINE * max(len(cell.lines) for cell in cells)
     frame_height = len(modalities) * HEIGHT + 2 * FRAME
     row_height = text_height + frame_height + 2 * GAP
     left = round(max(map(font.getlength, modalities))) + 2 * GAP
-    row_widths = [left + len(row) * cell_width for row in rows]
-    across = round(max(row_widths + [font.getlength(line) + 2 * GAP for line in key]))
+    key_widths = [font.getlength(line) + 2 * GAP for line in key]
+    across = round(max([left + max(map(len, rows)) * cell_width, *key_widths]))
     below = len(rows) * row_height + GAP
     picture = Image.new("RGB", (across, below + LINE * len(key) + GAP), "white")
     pen = ImageDraw.Draw(picture)
-    for i, line in enumerate(key):
-        pen.text((GAP, below + LINE * i), line, "black", font)
+    pen.text((GAP, below), "\n".join(key), "black", font)
     for r, row in enumerate(rows):
         top = GAP + r * row_height + text_height
         for m, modality in enumerate(modalities):
             pen.text((GAP, top + FRAME + m * HEIGHT + HEIGHT // 2 - 8), modality, "black", font)
         for c, cell in enumerate(row):
             x = left + c * cell_width
-            for i, line in enumerate(cell.lines):
-                pen.text((x, top - text_height + LINE * i), line, "black", font)
+            pen.text((x, top - text_height), "\n".join(cell.lines), "black", font)
             box = (x, top, x + width + 2 * FRAME - 1, top + frame_height - 1)
             pen.rectangle(box, "white", cell.colour, FRAME)
             for m, modality in enumerate(modalities):
@@ -134,7 +174,7 @@ def sheet(rows: list[list[Cell]], modalities: tuple[str, ...], path: str | Path,
                     image = fit(cell.images[modality])
                 offset = FRAME + (width - image.width) // 2
                 picture.paste(image, (x + offset, top + FRAME + m * HEIGHT))
-    save(picture.save, path)
+    picture.save(path)
 
 
 def fit(image: Tensor) -> Image.Image:
@@ -144,20 +184,12 @@ def fit(image: Tensor) -> Image.Image:
     return picture.resize((width, HEIGHT), Image.Resampling.LANCZOS)
 
 
-def save(write, path: str | Path) -> None:
-    """Call write(path). Raises UserError where that fails."""
-    try:
-        write(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
-
-
 def ranked_list(
     ranking: evaluate.Ranking, chosen: Chosen, top: int = 10, failures: bool = False
 ) -> list[list[Cell]]:
-    """Queries with the `top` gallery samples nearest to them, ranked as the metric ranks.
+    """Queries with the `top` gallery samples most similar to them, ranked as the metric ranks.
 
-    With `failures`, the nearest wrong ones, and behind them the first right one.
+    With `failures`, only samples of other identities, and behind them the first match.
     """
     query, gallery = ranking.query, ranking.gallery
     rows = []
@@ -167,24 +199,42 @@ def ranked_list(
         same_pid = gallery.pids[order] == query.pids[i]
         same_key = gallery.keys[order] == query.keys[i]
         order = order[~(same_pid & same_key)]
-        right = gallery.pids[order] == query.pids[i]
-        ranks = list(range(len(order)))[:top]
+        is_match = gallery.pids[order] == query.pids[i]
+        ranks = list(range(min(top, len(order))))
         if failures:
-            wrong = (~right).nonzero()[:, 0].tolist()
-            ranks = [*wrong[:top], int(right.nonzero()[0])]
+            wrong = (~is_match).nonzero()[:top, 0]
+            ranks = [*wrong.tolist(), int(is_match.nonzero()[0])]
         lines = (short_name(query.samples[i]), f"{reason}, AP {100 * ranking.metrics.ap[i]:.1f}%")
         row = [Cell(query[i][0], lines)]
         for rank in ranks:
             j = int(order[rank])
             name = f"{rank + 1}. {short_name(gallery.samples[j])}"
             lines = (name, f"similarity {similarity[j]:.3f}")
-            row.append(Cell(gallery[j][0], lines, RIGHT if right[rank] else WRONG))
+            row.append(Cell(gallery[j][0], lines, RIGHT if is_match[rank] else WRONG))
         rows.append(row)
     return rows
 
 
 def short_name(sample: data.Sample) -> str:
     return sample.name.rpartition("/")[2]  # holds identity and camera, as the data set writes them
+
+
+@torch.no_grad()
+def attention_maps(model: GraFT, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The fusion tokens' attention in each modality's encoder (Fig. 4): (B, rows, columns).
+
+    `images` are normalised. The maps are means over heads and fusion tokens. They add up to less
+    than 1: the rest of the attention is on the fusion tokens and on the tokens before the patches.
+    """
+    maps = {}
+    first_patch = model.config.fusion_tokens + model.backbone.prefix_tokens
+    for modality, data_tokens in model.extract(images).items():
+        fusion_tokens = model.fusion_token.expand(len(data_tokens), -1, -1)
+        tokens = torch.cat([fusion_tokens, data_tokens], 1)
+        _, weights = model.encoders[modality].self_attn(fusion_tokens, tokens, tokens)
+        patches = weights.mean(1)[:, first_patch:]  # weights: (B, L, L + N), the heads' mean
+        maps[modality] = patches.unflatten(1, model.backbone.grid)
+    return maps
 
 
 def attention(
@@ -195,12 +245,12 @@ def attention(
     for i in chosen:
         images, _, _ = split[i]
         batch = {name: image[None].to(embedder.device) for name, image in images.items()}
-        maps = embedder.model.attention(embedder.normalise(batch))
+        maps = attention_maps(embedder.model, embedder.normalise(batch))
         maps = {modality: weights[0].float().cpu() for modality, weights in maps.items()}
         heated = {modality: heat(image, maps[modality]) for modality, image in images.items()}
         shares = ", ".join(f"{name} {100 * weights.sum():.0f}%" for name, weights in maps.items())
         sample = Cell(images, (short_name(split.samples[i]), ""))
-        rows.append([sample, Cell(heated, ("attention on patches:", shares))])
+        rows.append([sample, Cell(heated, ("attention on the patches:", shares))])
     return rows
 
 
@@ -228,16 +278,17 @@ def flame(strength: Tensor) -> Tensor:
 # --- charts
 
 
-def need_matplotlib() -> None:
-    """Raise UserError where matplotlib is absent: before work whose result is to be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("charts need matplotlib: pip install matplotlib")
+def need(*packages: str) -> None:
+    """Raise UserError where a package is absent: before work whose result is to be drawn."""
+    for package in packages:
+        if not importlib.util.find_spec({"scikit-learn": "sklearn"}.get(package, package)):
+            raise UserError(f"this picture needs {package}: pip install {package}")
 
 
 def chart(panels: list[dict], path: str | Path) -> None:
     """Write panels side by side, see `figure`."""
-    need_matplotlib()
-    save(lambda path: figure(panels).savefig(path, dpi=120), path)
+    need("matplotlib")
+    figure(panels).savefig(path, dpi=120)
 
 
 def figure(panels: list[dict], width: float = 5.0):
@@ -284,7 +335,7 @@ def plain_axes(axes) -> None:
             axis.set_minor_locator(NullLocator())
         elif low >= 0 > first:
             axis.set_view_interval(0, last, ignore=True)
-        axis.set_major_formatter(lambda value, _: f"{round(value, 12):g}")
+        axis.set_major_formatter(lambda x, _: np.format_float_positional(round(x, 12), trim="-"))
 
 
 def cmc_panel(cmc: Tensor) -> dict:
@@ -326,6 +377,7 @@ def training_panels(folder: Path) -> list[dict]:
 
 
 def panels_of(steps: list[dict], settings: dict) -> list[dict]:
+    """Panels of losses, learning rate and gradient norm, from the steps that a log holds."""
     x, marks, before = [], {}, 0
     for i, step in enumerate(steps):
         number = step["stage"]
@@ -339,9 +391,9 @@ def panels_of(steps: list[dict], settings: dict) -> list[dict]:
         weights = settings.get(option, 0.0)
         weights = weights if isinstance(weights, list) else [weights] * 2  # of stages 1 and 2
         # Weighted, the parts add up to the loss, and show what trains the model
-        y = [weights[step["stage"] > 1] * step.get(name, 0.0) for step in steps]
-        if any(y):
-            losses[label] = (x, y)
+        y = np.array([weights[step["stage"] > 1] * step.get(name, 0.0) for step in steps])
+        if y.any():
+            losses[label] = (x, np.where(y > 0, y, np.nan))  # a gap where the loss is not used
     axes = {"xlabel": "step", "marks": marks}
     limits = {"yscale": "log", "ylim": (FLOOR * top, 1.5 * top)}
     rates, norms = ([step[name] for step in steps] for name in ("lr", "gradient_norm"))

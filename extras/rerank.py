@@ -19,7 +19,7 @@ def rerank(
     """Re-ranked similarities of features (Q, D) and (G, D), as evaluate.rank_by takes them.
 
     The distance is `weight` * Euclidean (squared, of normalised features, each row by its largest)
-    + (1 - weight) * Jaccard. At most some `block` distances are in memory at once. On the CPU.
+    + (1 - weight) * Jaccard. About `block` distances are in memory at once. Runs on the CPU.
     """
     x = F.normalize(torch.cat([query, gallery]).float())
     N, k1 = len(x), min(k1, len(x) - 1)
@@ -32,16 +32,16 @@ def rerank(
     V = encode(x, largest, nearest, k1, block)
     # Local query expansion: each row of V becomes the mean over its k2 nearest
     rows = torch.arange(N).repeat_interleave(k2)
-    places = torch.stack([rows, nearest[:, :k2].flatten()])
-    mean = sparse(places, torch.full((N * k2,), 1 / k2), N)
+    indices = torch.stack([rows, nearest[:, :k2].flatten()])
+    mean = sparse(indices, torch.full((N * k2,), 1 / k2), N)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls parts of its sparse product a beta
         V = torch.sparse.mm(mean, V).coalesce()
     return similarities(x, largest, V, len(query), weight)
 
 
-def sparse(places: Tensor, values: Tensor, N: int) -> Tensor:
-    return torch.sparse_coo_tensor(places, values, (N, N), check_invariants=True)
+def sparse(indices: Tensor, values: Tensor, N: int) -> Tensor:
+    return torch.sparse_coo_tensor(indices, values, (N, N), check_invariants=True)
 
 
 def reciprocal(nearest: Tensor, rows: Tensor, k: int) -> Tensor:
@@ -54,24 +54,24 @@ def encode(x: Tensor, largest: Tensor, nearest: Tensor, k1: int, block: int) -> 
     """V, sparse (N, N): how near each row's k-reciprocal neighbours are; rows add up to 1."""
     N, half = len(x), round(k1 / 2)
     mutual = torch.cat([reciprocal(nearest, rows, half) for rows in torch.arange(N).split(4096)])
-    places, values = [], []
+    indices, values = [], []
     for rows in torch.arange(N).split(max(1, min(256, block // N))):
-        near, taken = nearest[rows], reciprocal(nearest, rows, k1)  # (rows, k1 + 1)
+        near, is_mutual = nearest[rows], reciprocal(nearest, rows, k1)  # (rows, k1 + 1)
         # A neighbour's own neighbours are added where two thirds of them are known already
         theirs, count = nearest[near, : half + 1], mutual[near]  # (rows, k1 + 1, half + 1)
-        known = near.masked_fill(~taken, -1)[:, None, None]
+        known = near.masked_fill(~is_mutual, -1)[:, None, None]
         known = (theirs[..., None] == known).any(-1) & count
-        accepted = taken & (known.sum(-1) > 2 / 3 * count.sum(-1))
+        accepted = is_mutual & (known.sum(-1) > 2 / 3 * count.sum(-1))
         added = accepted[..., None] & count
         member = torch.zeros(len(rows), N, dtype=torch.bool)
         index = torch.arange(len(rows))
-        member[index[:, None].expand_as(near)[taken], near[taken]] = True
+        member[index[:, None].expand_as(near)[is_mutual], near[is_mutual]] = True
         member[index[:, None, None].expand_as(theirs)[added], theirs[added]] = True
         distance = (2 - 2 * x[rows] @ x.T) / largest[rows, None]
         nearness = torch.exp(-distance) * member
-        places.append(member.nonzero().T + torch.tensor([[rows[0]], [0]]))
+        indices.append(member.nonzero().T + torch.tensor([[rows[0]], [0]]))
         values.append((nearness / nearness.sum(1, keepdim=True))[member])
-    return sparse(torch.cat(places, 1), torch.cat(values), N)
+    return sparse(torch.cat(indices, 1), torch.cat(values), N)
 
 
 def similarities(
@@ -90,13 +90,14 @@ def similarities(
     def between(start: int, end: int) -> Tensor:
         result = (2 - 2 * x[start:end] @ x[Q:].T) / largest[start:end, None] * -weight
         for i in range(start, end):
-            own, amount = column[starts[i] : starts[i + 1]], value[starts[i] : starts[i + 1]]
-            # Jaccard: only samples that share a neighbour with the query have a smaller minimum
-            ends = count[own].cumsum(0)
-            entries = torch.arange(int(ends[-1]))
-            entries += (first[own] - ends + count[own]).repeat_interleave(count[own])
-            least = torch.minimum(nearness[entries], amount.repeat_interleave(count[own]))
-            shared = torch.zeros(N - Q).index_add_(0, owner[entries], least)
+            entries = slice(starts[i], starts[i + 1])
+            near, amount = column[entries], value[entries]  # the query's neighbours
+            # Jaccard: only gallery samples that share a neighbour with the query can be closer
+            ends = count[near].cumsum(0)
+            shared_by = torch.arange(int(ends[-1]))
+            shared_by += (first[near] - ends + count[near]).repeat_interleave(count[near])
+            least = torch.minimum(nearness[shared_by], amount.repeat_interleave(count[near]))
+            shared = torch.zeros(N - Q).index_add_(0, owner[shared_by], least)
             result[i - start] -= (1 - weight) * (1 - shared / (2 - shared))
         return result
 

@@ -12,25 +12,31 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from model import GraFTConfig, MultiModalModel, build_model
+from model import MultiModalModel, build_model
 from runtime import UserError
+from train import Run
 
 CHANNELS = 16  # MLP channels go by so many: widths that matrix products are fast at
 
 
-def check(model: MultiModalModel) -> None:
-    """Raise UserError for a model that cannot be shrunk."""
+def smallest(model: MultiModalModel) -> int:
+    """The prunable weights that stay in any case: a head and CHANNELS channels in each block.
+
+    Raises UserError for a model that cannot be shrunk.
+    """
     config, number = model.config, len(model.backbones)
     if config.backbone != "vit" or number != 1:
         raise UserError(
-            f"--structured: expected one ViT, shared by all sensors, and not {number} backbones of"
-            f" the kind {config.backbone}; leave the option out, to prune by masks"
+            f"--structured: expected one ViT of DeiT's kind, shared by all sensors, and not"
+            f" {number} x {config.backbone}; leave the option out to prune by masks"
         )
-
-
-def smallest(config: GraFTConfig) -> int:
-    """The prunable weights that stay in any case: a head and CHANNELS channels in each block."""
     return config.depth * config.dim * (4 * config.dim // config.heads + 2 * CHANNELS)
+
+
+def shrink_run(run: Run, keep: int) -> None:
+    """Put a shrunken model in the place of a run's own, see shrink."""
+    run.embedder = replace(run.embedder, model=shrink(run.model, keep))
+    run.batches.embedder = run.embedder
 
 
 @torch.no_grad()

@@ -1,10 +1,9 @@
 """A map of a test split: t-SNE of its embeddings, and of those made from one sensor alone.
 
-`python evaluate.py CKPT --map map.png` draws it. What is near is alike; how far apart two groups
-are says little.
+`python evaluate.py CKPT --map map.png` draws it. Points that are close are similar; how far apart
+two groups are means little.
 """
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,10 @@ from torch import Tensor
 
 import data
 import evaluate
-from extras import pictures
 from runtime import UserError
 
 IDENTITIES, SAMPLES = 20, 800  # more colours, or points, cannot be told apart
 MARKERS = "o^sDvP*X"
-
-
-def need_sklearn() -> None:
-    """Raise UserError where scikit-learn is absent: before work whose result is to be drawn."""
-    pictures.need_matplotlib()
-    if importlib.util.find_spec("sklearn") is None:
-        raise UserError("--map needs scikit-learn: pip install scikit-learn")
 
 
 def draw(embedder: evaluate.Embedder, split: data.Split, path: str | Path, seed: int = 0) -> None:
@@ -41,12 +32,12 @@ def draw(embedder: evaluate.Embedder, split: data.Split, path: str | Path, seed:
     if len(split.modalities) > 1:
         alone = [shown.restricted((name,)) for name in split.modalities]
         panels["embeddings from one sensor alone"] = [part for part in alone if len(part)]
-    placed = {}
+    points_of = {}
     for title, parts in panels.items():
         points = embed_2d(torch.cat([embedder.embed(part) for part in parts]), seed)
         ends = np.cumsum([len(part) for part in parts])
-        placed[title] = list(zip(parts, np.split(points, ends[:-1]), strict=True))
-    plot(placed, pids, path)
+        points_of[title] = list(zip(parts, np.split(points, ends[:-1]), strict=True))
+    plot(points_of, pids, path)
 
 
 def embed_2d(x: Tensor, seed: int) -> np.ndarray:
@@ -67,11 +58,11 @@ def plot(panels: dict[str, list], pids: list[int], path: str | Path) -> None:
     colours = dict(zip(pids, colormaps["tab20"].colors, strict=False))
     for axes, (title, groups) in zip(row, panels.items(), strict=True):
         for marker, (split, points) in zip(MARKERS, groups, strict=False):
-            own = [colours[pid] for pid in split.pids.tolist()]
-            axes.scatter(*points.T, s=14, c=own, marker=marker, linewidths=0, alpha=0.8)
+            colour = [colours[pid] for pid in split.pids.tolist()]
+            axes.scatter(*points.T, s=14, c=colour, marker=marker, linewidths=0, alpha=0.8)
             axes.scatter([], [], c="grey", marker=marker, label=" + ".join(split.modalities))
         axes.set(title=title, xticks=[], yticks=[])
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False)
     key = [row[0].scatter([], [], color=[colour], label=pid) for pid, colour in colours.items()]
     figure.legend(handles=key, title="identity", loc="outside right center", frameon=False)
-    pictures.save(lambda path: figure.savefig(path, dpi=110), path)
+    figure.savefig(path, dpi=110)

@@ -15,7 +15,6 @@ from PIL import Image
 
 import data
 import evaluate
-import runtime
 from evaluate import Embedder, rank_by, rank_metrics
 from model import FUSIONS, GraFTConfig, build_model
 from runtime import UserError
@@ -164,57 +163,56 @@ def test_what_is_not_finite_is_refused(split, embedder):
 # --- checkpoints
 
 
-def test_older_checkpoints_say_in_their_config_what_is_tested(embedder, tmp_path):
-    path, config = tmp_path / "last.pt", asdict(embedder.model.config)
+@pytest.mark.parametrize(("older", "settings", "features"), [
+    ({"test_token": "data"}, {}, "data"),
+    ({"bnneck_features": True}, {"precision": "bf16"}, "bnneck"),
+    ({}, {"features": "bnneck"}, "bnneck"),
+    ({}, {}, "fusion"),
+])  # fmt: skip
+def test_older_checkpoints_say_in_their_config_what_is_tested(
+    embedder, tmp_path, older, settings, features
+):
     content = {"model": embedder.model.state_dict(), "mean": HALF, "std": HALF}
-    for older, settings, features in (
-        ({"test_token": "data"}, {}, "data"),
-        ({"bnneck_features": True}, {"precision": "bf16"}, "bnneck"),
-        ({}, {"features": "bnneck"}, "bnneck"),
-        ({}, {}, "fusion"),
-    ):
-        runtime.save_checkpoint(path, content | {"config": config | older, "settings": settings})
-        loaded = evaluate.load_embedder(tmp_path, "cpu")  # a run's folder
-        assert loaded.features == features
-        assert loaded.precision == settings.get("precision", "auto")
-        assert evaluate.load_embedder(path, CPU, features="fusion").features == "fusion"
+    config = asdict(embedder.model.config) | older
+    torch.save(content | {"config": config, "settings": settings}, tmp_path / "last.pt")
+    loaded = evaluate.load_embedder(tmp_path, "cpu")  # a run's folder
+    assert loaded.features == features
+    assert loaded.precision == settings.get("precision", "auto")
+    assert evaluate.load_embedder(tmp_path, CPU, features="fusion").features == "fusion"
 
 
-def test_checkpoints_that_are_none(embedder, tmp_path):
-    path = tmp_path / "file.pt"
+class Evil:
+    """Writes a file where it is unpickled."""
 
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
+    def __reduce__(self):
+        return (open, ("ran", "w"))
 
-    def refused(message):
-        with pytest.raises(UserError, match=message):
-            evaluate.load_model(path)
 
-    refused("no such file")
-    for content in (b"not a checkpoint", pickle.dumps({"model": Evil()}, 2)):
-        path.write_bytes(content)
-        refused("not a checkpoint")
-    config = {"config": {"modalities": ("rgb",), "dim": 32, "heads": 2}}
-    good = {**config, "model": {}, "settings": {}, "mean": {}, "std": {}}
-    larger = {**asdict(embedder.model.config), "depth": 30}
+def test_other_files_are_refused_and_run_no_code(embedder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, config = tmp_path / "file.pt", asdict(embedder.model.config)
+    good = {"config": config, "settings": {}, "mean": HALF, "std": HALF}
+    good["model"] = embedder.model.state_dict()
+    torch.save(good, path)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 255
     for content, message in (
+        (b"not a checkpoint", "not a checkpoint"),
+        (pickle.dumps({"model": Evil()}, 2), "not a checkpoint"),
+        (whole[:500], "not a checkpoint"),
+        (bytes(damaged), "damaged"),
         ({"model": Evil()}, "not a checkpoint"),
         ([1, 2], "holds a list"),
         ({"model": {}}, "lacks config"),
-        (good, "do not fit"),
+        ({**good, "model": {}}, "do not fit"),
+        ({**good, "mean": {}}, "do not fit"),
         ({**good, "config": {"wings": 2}}, "wings"),
-        ({**good, "config": larger, "model": embedder.model.state_dict()}, "do not fit"),
     ):
-        torch.save(content, path)
-        refused(message)
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            evaluate.load_model(path)
     assert not (tmp_path / "ran").exists()
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 255
-    path.write_bytes(content)
-    refused("damaged")
-    path.write_bytes(content[:500])
-    refused("not a checkpoint")
 
 
 # --- the program
@@ -226,7 +224,7 @@ def test_evaluate_gives_what_training_gave(trained, tmp_path):
     out = succeeds(evaluate, trained, "--json", tmp_path / "all.json")
     found = read_json(tmp_path / "all.json")
     assert found == expected
-    assert f"{tmp_path}/all.json: the figures" in out
+    assert f"{tmp_path}/all.json: the metrics" in out
     assert f"settings: {trained} --dataset synthetic" in out
     valid = [query["ap"] for query in found["queries"] if query["ap"] is not None]
     assert np.mean(valid) == pytest.approx(found["mAP"])
@@ -248,9 +246,9 @@ def test_mistakes_are_refused_before_anything_is_embedded(trained, tmp_path, mon
         (("--json", tmp_path / "no" / "x.json"), "expected a file in an existing"),
         (("--ranked-list", tmp_path / "x.xyz"), "expected a file name that ends in .png"),
         ((*named, "999_c1_0"), "--queries 999_c1_0: no query has this name"),
-        (("--modalities", "uv"), "--modalities uv: the model was trained on rgb,nir,tir"),
+        (("--modalities", "uv"), "has no modality uv; expected some of rgb,nir,tir"),
         (("--data-root", tmp_path), "synthetic"),
-        (("--all-subsets", "--cmc", tmp_path / "x.png"), "no --all-subsets"),
+        (("--all-subsets", "--cmc", tmp_path / "x.png"), "draw them without --all-subsets"),
         (("--features", "wings"), "invalid choice"),
     ):
         assert message in fails(evaluate, trained, *words)

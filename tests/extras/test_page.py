@@ -5,7 +5,6 @@ import io
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from conftest import fails, read_json, succeeds
@@ -86,21 +85,3 @@ def test_a_map_shows_identities_and_sensors(trained, tiny_data, tmp_path, monkey
     assert Image.open(tmp_path / "map.png").width > 1000
     with pytest.raises(UserError, match="2 gallery samples, expected at least 5"):
         tsne.draw(embedder, gallery.subset(gallery.samples[:2]), tmp_path / "map.png")
-
-
-def test_groups_far_apart_stay_apart_on_the_map():
-    pytest.importorskip("sklearn")
-    x = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
-    x[20:, 0] += 100
-    points = tsne.embed_2d(x, 0)
-    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    nearest = np.sort(distance, 1)[:, 1]
-    assert distance[:20, 20:].min() > nearest.max()
-    assert np.array_equal(points, tsne.embed_2d(x, 0))
-
-
-def test_a_map_without_its_package_gives_one_line(trained, monkeypatch):
-    find = pictures.importlib.util.find_spec
-    lacking = lambda name: None if name == "sklearn" else find(name)  # noqa: E731
-    monkeypatch.setattr(tsne.importlib.util, "find_spec", lacking)
-    assert "pip install scikit-learn" in fails(evaluate, trained, "--map", "map.png")

@@ -38,9 +38,9 @@ def silence(block, num_heads: int, num_channels: int) -> None:
 
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.13])
 def test_a_smaller_model_computes_what_the_large_one_does_without_the_removed_groups(model, keep):
-    smaller = structured.shrink(model, round(keep * prune.prunable(model))).eval()
-    assert prune.kept(smaller) == pytest.approx(keep * prune.prunable(model), rel=0.1)
-    assert prune.prunable(smaller) == prune.prunable(model)
+    smaller = structured.shrink(model, round(keep * prune.num_prunable(model))).eval()
+    assert prune.num_kept(smaller) == pytest.approx(keep * prune.num_prunable(model), rel=0.1)
+    assert prune.num_prunable(smaller) == prune.num_prunable(model)
     for large, small, sizes in zip(
         model.backbone.blocks, smaller.backbone.blocks, smaller.config.blocks, strict=True
     ):
@@ -55,7 +55,7 @@ def test_a_smaller_model_computes_what_the_large_one_does_without_the_removed_gr
 def test_the_smallest_model_keeps_a_head_and_a_few_channels_in_each_block(model):
     smallest = structured.shrink(model, 0)
     assert smallest.config.blocks == ((1, structured.CHANNELS),) * 6
-    assert prune.kept(smallest) == structured.smallest(model.config)
+    assert prune.num_kept(smallest) == structured.smallest(model)
 
 
 def test_channels_compete_over_all_blocks():
@@ -65,11 +65,10 @@ def test_channels_compete_over_all_blocks():
     assert second.tolist() == list(range(16, 64))
 
 
-def test_a_model_without_one_shared_vit_is_refused():
-    model = build_model(GraFTConfig(**SIZES, fusion="multistream"))
-    with pytest.raises(UserError, match="3 backbones"):
-        structured.check(model)
-    sizes = {"image_size": (32, 64), "num_ids": 7, "modalities": ("rgb",)}
-    model = build_model(GraFTConfig(**sizes, fusion="hamnet", backbone="resnet18"))
-    with pytest.raises(UserError, match="resnet18; leave the option out"):
-        structured.check(model)
+@pytest.mark.parametrize(("fusion", "message"), [
+    ({"fusion": "multistream"}, "not 3 x vit"),
+    ({"fusion": "hamnet", "backbone": "resnet18"}, "not 3 x resnet18; leave the option out"),
+])  # fmt: skip
+def test_a_model_without_one_shared_vit_is_refused(fusion, message):
+    with pytest.raises(UserError, match=message):
+        structured.smallest(build_model(GraFTConfig(**SIZES, **fusion)))
