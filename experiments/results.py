@@ -1,15 +1,16 @@
 """Fill the tables of documents from kept figures.
 
-python -m experiments.results results/ results/TABLES.md RESULTS.md
+python -m experiments.results results results/TABLES.md RESULTS.md
 
-Between `<!-- 8 -->` and `<!-- end -->` comes Table 8 of ablate, from DIR's files. Options for all
-rows may follow its name (`<!-- 8 --data-root second -->`): then only rows and claims that have runs
-are listed. Other blocks: `verdicts`, `ffd`, `speed`, `gpu`, `pairs` and `reach`, of DIR's files of
-that kind; `machines OTHER`, the models that both DIR and DIR/OTHER have; `runs NAME` and `rows
-NAME`, of DIR/NAME.json: label -> figures of its runs, and a list of rows as they are.
+`<!-- 8 -->` and `<!-- end -->` enclose Table 8 of ablate, made of the files in DIR. train.py's
+options for all rows may follow its name (`<!-- 8 --data-root second -->`); then only the rows that
+have runs are listed. Other blocks are
+    verdicts                                 the paper's claims, judged
+    ffd, reach, speed, gpu, pairs            each from its own file in DIR
+    machines OTHER                           the models that are both in DIR and in DIR/OTHER
+    runs NAME, rows NAME                     DIR/NAME.json: label -> its runs; a list of rows
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ BLOCK = re.compile(r"(<!-- (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def speed(content: dict) -> str:
-    lines = [["what", "ours", "peer", "ratio", "peer"]]
+    lines = [["what", "ours", "peer's", "ratio", "peer"]]
     for row in content["rows"]:
         times = [f"{row[name]:.3f} s" for name in ("ours", "theirs")]
         lines.append([row["what"], *times, f"{row['ratio']:.2f}", row["peer"]])
@@ -36,7 +37,7 @@ def gpu(content: dict) -> str:
 
 
 def pairs(content: dict) -> str:
-    """mAP / Rank-1 of "query > gallery", or of one name for both: a row for the query's sensors."""
+    """mAP / Rank-1: a row for the query's sensors, a column for the gallery's."""
     cells: dict[str, dict[str, str]] = {}
     for name, metrics in content.items():
         asking, _, answering = name.partition(" > ")
@@ -48,11 +49,11 @@ def pairs(content: dict) -> str:
 
 def runs(content: dict) -> str:
     """Means and standard deviations of each label's runs, in percent."""
-    names = ("mAP", "R1", "R5", "R10", "mINP")
+    names = (*ablate.FIGURES, "mINP")
     lines = [["run", "runs", *(f"{name} %" for name in names)]]
-    for label, found in content.items():
-        values = ([100 * metrics[name] for metrics in found] for name in names)
-        lines.append([label, str(len(found)), *map(ablate.spread, values)])
+    for label, runs in content.items():
+        values = ([100 * metrics[name] for metrics in runs] for name in names)
+        lines.append([label, str(len(runs)), *map(ablate.spread, values)])
     return markdown(lines)
 
 
@@ -62,17 +63,17 @@ def rows(content: list) -> str:
 
 def machines(folder: Path, other: str) -> str:
     """mAP of the models that both folders have, and the difference with its standard error."""
-    lines, names = [], ["", ""]
+    lines, names = [], ["", ""]  # of the machines
     for path in sorted((folder / other).glob("*.json")):
         if not (folder / path.name).exists():
             continue
-        found = json.loads(path.read_text())
-        looks = ablate.read_figures(folder / path.name, found["settings"])
-        first, second = (list(own[""].values()) for own in (found["looks"], looks))
-        names = [ablate.machine(runs) for runs in (first, second)]
-        means = [ablate.spread([100 * run["mAP"] for run in runs]) for runs in (first, second)]
-        counts = f"{len(first)}, {len(second)}"
-        lines.append([path.stem, counts, *means, ablate.against(second, first)])
+        content = json.loads(path.read_text())
+        looks = ablate.read_figures(folder / path.name, content["settings"])
+        pair = [list(of[""].values()) for of in (content["looks"], looks)]
+        names = [ablate.machine(runs) for runs in pair]
+        counts = ", ".join(str(len(runs)) for runs in pair)
+        means = [ablate.spread([100 * run["mAP"] for run in runs]) for runs in pair]
+        lines.append([path.stem, counts, *means, ablate.against(pair[1], pair[0])])
     return markdown([["model", "runs", *names, "difference ± error"], *lines])
 
 
@@ -87,21 +88,21 @@ KINDS = {  # block -> its file, if it does not name one, and what makes a table 
 }
 
 
-def block(text: str, folder: Path, seeds: range) -> str:
+def block(text: str, folder: Path) -> str:
     """The content of a block; raises UserError where there is none of that name."""
     key, *common = text.split()
     if key == "machines":
         return machines(folder, *common)
     if key == "verdicts":
         note = f"{verdicts.STATISTICS}\n\n" if not common else ""
-        return note + markdown(verdicts.lines(common, folder, seeds))
+        return note + markdown(verdicts.table_of(common, folder))
     if key in TABLES:
-        args = argparse.Namespace(keep=folder, seeds=seeds, common=common)
-        planned = [ablate.Planned(row, common) for row in TABLES[key].rows]
+        rows = [ablate.Experiment(row, common) for row in TABLES[key].rows]
         if common:  # e.g. another draw of vehicles, on which not all rows were run
-            planned = [row for row in planned if row.figures(folder, seeds)]
-        title, *rest = ablate.text_of(TABLES[key], planned, args).split("\n\n")
-        return "\n\n".join([f"**{title}**", *rest])
+            rows = [row for row in rows if row.figures(folder, ablate.SEEDS)]
+        text = ablate.text_of(TABLES[key], rows, folder, ablate.SEEDS)
+        title, rest = text.split("\n\n", 1)
+        return f"**{title}**\n\n{rest}"
     if key not in KINDS:
         expected = ", ".join([*TABLES, "verdicts", "machines", *KINDS])
         raise UserError(f"<!-- {text} -->: no such table; expected one of {expected}")
@@ -109,8 +110,8 @@ def block(text: str, folder: Path, seeds: range) -> str:
     return table_of(json.loads((folder / f"{name or common[0]}.json").read_text()))
 
 
-def filled(document: str, folder: Path, seeds: range) -> str:
-    return BLOCK.sub(lambda m: f"{m[1]}\n{block(m[2], folder, seeds)}\n\n{m[3]}", document)
+def filled(document: str, folder: Path) -> str:
+    return BLOCK.sub(lambda m: f"{m[1]}\n{block(m[2], folder)}\n\n{m[3]}", document)
 
 
 @runtime.program
@@ -119,10 +120,9 @@ def main() -> None:
     add = parser.add_argument
     add("results", type=ablate.kept_folder, metavar="DIR", help="of ablate's --keep")
     add("documents", type=Path, nargs="+", metavar="FILE", help="in Markdown, with blocks")
-    add("--seeds", type=runtime.whole(1), default=3)
     args = parser.parse_args()
     for document in args.documents:
-        text = filled(document.read_text(), args.results, range(args.seeds))
+        text = filled(document.read_text(), args.results)
         runtime.write_atomically(document, lambda path, text=text: path.write_text(text))
         print(f"{document}: {len(BLOCK.findall(text))} blocks")
 

@@ -1,26 +1,22 @@
 """Make a re-identification set of registered pairs of photos that have no labels.
 
-It serves two kinds of users. Those without a data set clone the public repository
-hanna-xu/RoadScene (221 pairs of RGB and thermal street scenes; cite Xu et al. 2020), rename
-crop_LR_visible to rgb and cropinfrared to tir, and train on real pixels. Owners of a rig make a set
-of their own pairs, train on it, and start from that run where labels are few: the backbone has then
-adapted to their sensors.
-
 python -m experiments.scenes --pairs RoadScene --out data/scenes --contact-sheet sheet.jpg
     --train 0 146 --test 147 220                   these scenes, not two thirds and one third
 python -m experiments.scenes --pairs mine --out data/mine --sensors rgb,nir,tir
-python train.py --dataset folder --data-root data/mine --out runs/mine     and see YOUR_DATA.md
-    --backbone-weights runs/mine                   in a later training: starts from this run
+
+Users without a data set train on the real pixels of the public repository hanna-xu/RoadScene: 221
+pairs of RGB and thermal street scenes (Xu et al. 2020; experiments/README.md has the commands).
+Owners of a rig adapt a backbone to their sensors with pairs of their own: see YOUR_DATA.md.
 
 An identity is a window of a scene. A camera is a drawn view: a change of scale, angle, place and
 exposure, with a smaller change of its own in each capture. Training and test set share the cameras,
-but no scene. Neighbours in a video show the same street, so they are split by ranges of scenes,
+but no scene. Neighbours in a video show the same street, so scenes are split by ranges; they are
 numbered from 0 in the order of their names.
 
-What one sensor lacks the other has, by construction: of M sensors each is blind in 1/(M+1) of the
-captures, and in 1/(M+1) none is. A blind sensor shows noise alone, dark if it needs light and flat
-if not; the name of the file then ends in no_rgb or no_tir. This is no benchmark: the views are
-drawn, so a window is easier to find again than an object that another camera saw.
+By construction, one sensor has what the other lacks. Of M sensors, each is blind in 1/(M+1) of the
+captures, and none in another 1/(M+1). A blind sensor shows noise alone, dark if it needs light and
+flat if not, and the file's name ends in no_rgb or no_tir. This is no benchmark: as the views are
+drawn, a window is easier to find again than an object that another camera saw.
 """
 
 import io
@@ -37,55 +33,55 @@ import runtime
 from extras.check import contact_sheet
 from runtime import UserError
 
-CAMERAS, CAPTURES = 3, 2  # of a window, and of it by a camera; a scene has two windows
+CAMERAS, CAPTURES = 3, 2  # cameras that see a window, captures of it by each
 HEIGHT = 96  # pixels of a capture, which is twice as wide
-SCENE = 4 * HEIGHT  # pixels to which the width of a scene, or twice its height, is brought
-SMALLEST = 160  # what that is in the file at least: a smaller one would only show blur
-SHARES = (0.42, 0.55)  # of that width, the width of a window
+SCENE = 4 * HEIGHT  # a scene is resized to this width, or to half of it in height if it is narrow
+SMALLEST = 160  # pixels of that width in the file, at least: less would only show blur
+SHARES = (0.42, 0.55)  # width of a window, as a share of the scene's
 PAD = HEIGHT  # pixels mirrored at the scene's borders, for views that reach beyond them
-# Half ranges of a camera: scale (logarithm), angle (radians), place (window widths, across and
-# down); exposure (logarithm) and level (1 is white) of each sensor. A capture adds JITTER of them.
-# So chosen that untrained features find a window about as often by RGB as by thermal images
+# A camera is drawn from plus or minus these: scale (logarithm), angle (radians), place (in widths
+# of a window, across and down); exposure (logarithm) and level (1 is white) of each sensor. A
+# capture adds JITTER times as much. Untrained features then find a window about as often by RGB as
+# by thermal images
 GEOMETRY, LIGHT, JITTER = (0.2, 0.15, 0.08, 0.05), (0.2, 0.03), 0.35
 NOISE, BLIND_NOISE = 0.01, 0.05  # standard deviations; 1 is white
 NEED_LIGHT = ("rgb", "nir")
 
 
 def find_scenes(folder: Path, sensors: tuple[str, ...]) -> list[dict[str, Path]]:
-    """Each scene's file of each sensor."""
+    """Each scene's file of each sensor, by the name without its suffix."""
     files = {}
     for sensor in sensors:
         data.check_modality(sensor, folder)
         if not (folder / sensor).is_dir():
-            text = "no such folder; expected one of each sensor, see --sensors"
+            text = "no such folder; expected one for each sensor, see --sensors"
             raise UserError(f"--pairs: {folder / sensor}: {text}")
-        paths = [Path(entry) for _, entry in data.walk(folder / sensor, 0, "")]
-        paths = [path for path in paths if path.suffix.lower() in data.SUFFIXES]
-        files[sensor] = {path.stem: path for path in paths}
-        if len(files[sensor]) < len(paths):
-            raise UserError(
-                f"{folder / sensor}: two files differ in their suffix alone; remove one"
-            )
+        images = (folder / sensor).glob("[!.]*")
+        images = [path for path in images if path.suffix.lower() in data.SUFFIXES]
+        files[sensor] = {path.stem: path for path in images}
+        if len(files[sensor]) < len(images):
+            text = "two files differ in their suffix alone; remove one"
+            raise UserError(f"{folder / sensor}: {text}")
     stems = sorted(set().union(*files.values()))
     if len(stems) < 2 or len(sensors) < 2:
         expected = f"two or more, each seen by two sensors or more ({','.join(sensors)})"
         raise UserError(f"--pairs {folder}: {len(stems)} scenes found; expected {expected}")
-    for sensor, own in files.items():
-        if absent := [stem for stem in stems if stem not in own]:
-            text = f"{sensor} lacks {len(absent)} of {len(stems)} scenes, e.g. {absent[0]}"
+    for sensor, paths in files.items():
+        if absent := [stem for stem in stems if stem not in paths]:
+            text = f"{sensor} lacks {len(absent)} of {len(stems)} scenes, such as {absent[0]}"
             raise UserError(f"--pairs {folder}: {text}; add them, or remove them everywhere")
-    return [{sensor: own[stem] for sensor, own in files.items()} for stem in stems]
+    return [{sensor: paths[stem] for sensor, paths in files.items()} for stem in stems]
 
 
 def split_scenes(count: int, train, test) -> dict[int, str]:
-    """Number of a scene -> "train" or "test", by the first and the last of each."""
+    """Number of a scene -> "train" or "test"; of each the first and last scene, or None."""
     if not train and not test:
         train, test = (0, 2 * count // 3 - 1), (2 * count // 3, count - 1)
     splits = {}
     for split, ends in (("train", train), ("test", test)):
         first, last = ends or (0, -1)
         if ends and not first <= last < count:
-            text = f"expected the first and the last of scenes from 0 to {count - 1}"
+            text = f"expected the numbers of a first and a last scene, from 0 to {count - 1}"
             raise UserError(f"--{split} {first} {last}: {text}")
         if both := splits.keys() & range(first, last + 1):
             raise UserError(f"--test {first} {last}: scene {min(both)} is in --train, too")
@@ -94,7 +90,7 @@ def split_scenes(count: int, train, test) -> dict[int, str]:
 
 
 def read_scene(files: dict[str, Path]) -> dict[str, Image.Image]:
-    """Each sensor's image, of one size, with a border of PAD mirrored pixels; grey ones as "L"."""
+    """Each sensor's image, all of one size, in mode L if it is grey; with a mirrored border."""
     images, size = {}, None
     for sensor, path in files.items():
         image = data.read_image(path)
@@ -105,8 +101,8 @@ def read_scene(files: dict[str, Path]) -> dict[str, Image.Image]:
             raise UserError(f"{path}: {W}x{H} pixels; expected {expected}")
         size = size or (round(W * SCENE / width), round(H * SCENE / width))
         if abs(math.log(W / H * size[1] / size[0])) > 0.02:
-            text = f"another aspect than {next(iter(files.values()))}; register the images first"
-            raise UserError(f"{path}: {W}x{H} pixels, {text}")
+            text = f"another aspect ratio than {next(iter(files.values()))}"
+            raise UserError(f"{path}: {W}x{H} pixels, {text}; register the images first")
         pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
         if (pixels == pixels[..., :1]).all():
             pixels = pixels[..., 0]
@@ -129,7 +125,7 @@ def cut(image: Image.Image, window: tuple[float, float, float], geometry) -> np.
 
 
 def expose(pixels: np.ndarray, light, sensor: str, is_blind: bool, rng) -> Image.Image:
-    """What a sensor makes of a view. It draws as much whether it is blind or not."""
+    """What a sensor makes of a view. Blind or not, it draws as many random numbers."""
     blank = rng.uniform(0.02, 0.1) if sensor in NEED_LIGHT else rng.uniform(0.3, 0.7)
     exposure, level = light
     seen = np.full_like(pixels, blank) if is_blind else pixels * math.exp(exposure) + level
@@ -140,7 +136,7 @@ def expose(pixels: np.ndarray, light, sensor: str, is_blind: bool, rng) -> Image
 def captures(
     scenes: list, splits: dict[int, str], blind: list[str], seed: int, number: int
 ) -> dict[str, bytes]:
-    """A scene's captures: path in the set -> PNG. `blind`: sensors to deal out, "" for none."""
+    """A scene's captures: path in the set -> PNG. `blind`: who is blind in turn, "" for none."""
     files = {}
     images, spread = read_scene(scenes[number]), np.array(GEOMETRY + LIGHT * len(scenes[number]))
     cameras = runtime.numpy_rng(seed, 0).uniform(-spread, spread, (CAMERAS, len(spread)))
@@ -155,13 +151,13 @@ def captures(
         for i, turn in enumerate(rng.permutation(np.arange(count) + pid * count)):
             camera, capture = divmod(i, CAPTURES)
             view = cameras[camera] + JITTER * rng.uniform(-spread, spread)
-            lights, dead = view[4:].reshape(-1, 2), blind[turn % len(blind)]
-            name = f"{pid:05d}_c{camera + 1}_{capture}{dead and '_no_'}{dead}.png"
+            lights, failed = view[4:].reshape(-1, 2), blind[turn % len(blind)]
+            name = f"{pid:05d}_c{camera + 1}_{capture}{failed and '_no_'}{failed}.png"
             folders = ("gallery",) if capture else ("query", "gallery")
             for (sensor, image), light in zip(images.items(), lights, strict=True):
                 pixels = cut(image, window, view[:4])
                 png = io.BytesIO()
-                expose(pixels, light, sensor, sensor == dead, rng).save(png, "png")
+                expose(pixels, light, sensor, sensor == failed, rng).save(png, "png")
                 for folder in ("train",) if splits[number] == "train" else folders:
                     files[f"{folder}/{sensor}/{name}"] = png.getvalue()
     return files
@@ -172,27 +168,27 @@ def main() -> None:
     parser = runtime.Parser(__doc__, prog="python -m experiments.scenes")
     add = parser.add_argument
     add("--pairs", metavar="FOLDER", type=Path, required=True, help="holds a folder of each sensor")
-    text = "names of these folders (default: rgb,tir)"
-    add("--sensors", metavar="NAMES", type=runtime.names, default=("rgb", "tir"), help=text)
+    text = "names of these folders"
+    add("--sensors", action=runtime.Names, default=("rgb", "tir"), help=text)
     add("--out", metavar="DIR", type=Path, required=True, help="new folder for the set")
     ends = {"metavar": ("FIRST", "LAST"), "type": runtime.whole(0), "nargs": 2}
     add("--train", **ends, help="scenes to train on (default: two thirds, the rest for --test)")
     add("--test", **ends, help="scenes of query and gallery; with --train alone there are none")
-    text = "each: as above; first: the first sensor is blind in half of the captures; none"
+    text = "sensors that are blind in turn: each, the first (in half of the captures), or none"
     add("--failures", choices=("each", "first", "none"), default="each", help=text)
     add("--seed", metavar="N", type=runtime.whole(0), default=0, help="random seed")
-    text = "a picture of some identities by each camera, a sample's sensors below one another"
+    text = "write a picture of some identities as each camera saw them, sensors below one another"
     add("--contact-sheet", metavar="FILE", type=Path, help=text)
     args = parser.parse_args()
     runtime.check_output(args.contact_sheet, "--contact-sheet", (".jpg", ".jpeg", ".png"))
     out, sensors = args.out, args.sensors
     if out.exists():
-        raise UserError(f"--out {out}: is there already; delete it, or choose another")
+        raise UserError(f"--out {out}: exists already; delete it, or choose another")
     scenes = find_scenes(args.pairs, sensors)
     splits = split_scenes(len(scenes), args.train, args.test)
     blind = {"each": [*sensors, ""], "first": [sensors[0], ""], "none": [""]}[args.failures]
     runtime.make_folder(out.parent, "--out")
-    # A stop or an error leaves nothing half-made: threads, which may outlive it, do not write
+    # A stop or an error leaves nothing half-made: the threads, which may outlive it, do not write
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as unfinished:
         root = Path(unfinished, "set")
         work = partial(captures, scenes, splits, blind, args.seed)

@@ -1,7 +1,7 @@
 """The rows of every table, as data: ablate.py trains them and prints ours beside the paper's.
 
-A row's options come on top of the data set's recipe. Those that depend on it, such as a factor of
-its rate or a share of its epoch, are functions of its settings, `b` below.
+A row's options are added to the data set's recipe. Where they depend on it, as "four times its
+rate" does, they are a function of the recipe's settings.
 """
 
 from argparse import Namespace
@@ -18,14 +18,14 @@ Options = str | Callable[[Namespace], str]
 
 
 class Row(NamedTuple):
-    """A model, or another look at it, and the one that it is compared with."""
+    """A model, or a test of it under other conditions, and the model that it is compared with."""
 
     label: str
-    flags: Options | None = ""  # of train.py; None: a row that is only cited
-    paper: tuple[float, ...] = ()  # its mAP, R1, R5, R10 in percent
-    millions: float = 0  # its parameters
-    base: Options = ""  # flags of the model that it is compared with
-    slip: str = ""  # what experiments.published does as the authors' code
+    flags: Options | None = ""  # of train.py; None: the paper's figures alone
+    paper: tuple[float, ...] = ()  # mAP, R1, R5, R10 in percent
+    millions: float = 0  # of the paper's parameters
+    base: Options = ""  # train.py's options of the model that it is compared with
+    slip: str = ""  # of experiments.published
     test: str = ""  # options of evaluate.py
     prune: Options = ""  # options of prune.py ...
     target: str = ""  # ... and which of its targets this row is
@@ -38,7 +38,7 @@ class Table(NamedTuple):
     differences: bool = False  # print mAP against each row's base instead of the paper's figures
 
 
-# --- by what way a setting, a slip or a look can reach the figures
+# --- through what a setting, a slip or another test acts on the figures
 
 TRIPLETS = "triplet loss"
 REACH = {
@@ -46,7 +46,7 @@ REACH = {
     "model": "fusion fusion_tokens backbone image_size",
     "optimizer": "lr schedule unzeroed",
     "frozen backbone": "frozen",
-    "center loss": "beta center_norm random-centroids",
+    "center loss": "beta center-norm random-centroids",
     "cross-entropy": "cross_entropy label_smoothing",
     "each sensor's loss": "modality_losses",
     "images": "flips erase erase-apart",
@@ -61,16 +61,12 @@ REACH = {
 WAYS = {name: way for way, names in REACH.items() for name in names.split()}
 
 
-def filled(flags: Options, b: Namespace) -> str:
-    return flags if isinstance(flags, str) else flags(b)
-
-
 def vanishes(settings: Namespace) -> bool:
-    """Whether the triplet term of these settings has nothing to do (Eq. (8), section 4.3).
+    """Whether the triplet loss does nothing under these settings (Eq. (8), section 4.3).
 
-    With squared distances the terms of FFD and DDF stay next to 0 from the first step on, because
-    fusion and data tokens lie far apart whatever the identity: see experiments.ffd. Then nothing
-    that reaches the model through its triplets alone can change it: see experiments.reach.
+    With squared distances, the losses of FFD and DDF are next to 0 from the first step on, because
+    fusion and data tokens lie far apart whatever the identity (measured by experiments.ffd). A
+    change that only the triplet loss sees then leaves the model as it is (see experiments.reach).
     """
     apart = settings.triplet in ("FFD", "DDF") and not settings.plain_distance
     return settings.alpha == 0 or (apart and settings.fusion == "graft")
@@ -80,7 +76,7 @@ def vanishes(settings: Namespace) -> bool:
 
 
 def on(base: str, rows: list[Row], label: str = "") -> list[Row]:
-    """The rows on top of these options, which alone are their base."""
+    """The rows with these options, too; each is compared with a model of these options alone."""
     added = []
     for row in rows:
         flags = None if row.flags is None else f"{base} {row.flags}".strip()
@@ -89,16 +85,16 @@ def on(base: str, rows: list[Row], label: str = "") -> list[Row]:
 
 
 def pruned(fractions: dict, base: str, label: str = "", structured: bool = False) -> list[Row]:
-    """A row for each fraction of the prunable weights that is left, in one run of prune.py."""
-    # What did best on other vehicles of the synthetic set: 40 steps a round, at 3e-4 for masks and
-    # at 1e-3 here
+    """A row for each fraction of the prunable weights that is left, all by one run of prune.py."""
+    # On the synthetic set this is what did best on other vehicles: 40 steps a round, at 3e-4 for
+    # masks and at 1e-3 for a smaller dense model
     factor, kind = (5 / 6, "--structured ") if structured else (1 / 4, "")
 
-    def prune(b: Namespace) -> str:
-        triplets = num_samples(b.dataset, b.data_root) * b.positives
-        steps = min(triplets // b.batch_size, b.epoch_steps[1] or triplets)
+    def prune(recipe: Namespace) -> str:
+        triplets = num_samples(recipe.dataset, recipe.data_root) * recipe.positives
+        steps = min(triplets // recipe.batch_size, recipe.epoch_steps[1] or triplets)
         length = f"--rounds 1 --epoch-steps {round(0.325 * steps)} --schedule cosine"
-        return f"--keep {' '.join(fractions)} {kind}{length} --lr {factor * b.lr[1]:.3g}"
+        return f"--keep {' '.join(fractions)} {kind}{length} --lr {factor * recipe.lr[1]:.3g}"
 
     return [
         Row(f"{left} of the weights{label}", base, *paper, base, prune=prune, target=left)
@@ -108,30 +104,30 @@ def pruned(fractions: dict, base: str, label: str = "", structured: bool = False
 
 @cache
 def num_samples(dataset: str, root: str) -> int:
-    """Training samples: as the data set is published, or as it lies at `root`."""
+    """Training samples of the published data set; of other data sets, of those in `root`."""
     counts = data.DATASETS[dataset].counts or {"synthetic": (3200,)}.get(dataset)
     return counts[0] if counts else len(data.load_dataset(dataset, root, need=("train",)).train)
 
 
-def positives(count: int, b: Namespace) -> str:
-    """FFF with `count` positives an epoch: an anchor comes as often, in as many steps."""
-    passes = [n * b.positives for n in b.epochs]  # of each anchor
+def positives(count: int, recipe: Namespace) -> str:
+    """FFF with `count` positives per anchor and epoch, in fewer epochs: as many steps."""
+    passes = [n * recipe.positives for n in recipe.epochs]  # of each anchor
     whole = 4 // gcd(4, *passes)  # so that 4 positives, too, take whole epochs
     first, second = (whole * n // count for n in passes)
     return f"{FFF} --positives {count} --epochs {first} {second}"
 
 
-def without_patch_dropout(b: Namespace) -> str:
-    plus = options.recipe("plus", b.dataset, "graft")
+def without_patch_dropout(recipe: Namespace) -> str:
+    plus = options.recipe("plus", recipe.dataset, "graft")
     dropped = plus.get("patch_dropout", (0, 0))
     # As long in time: a step on half of the patches costs half
     epochs = [round(plus["epochs"][i] * (1 - dropped[i])) for i in (0, 1)]
     return f"{PLUS} --patch-dropout 0 0 --epochs {epochs[0]} {epochs[1]}"
 
 
-def longer_frozen(b: Namespace) -> str:
-    epochs = options.recipe("plus", b.dataset, "graft")["epochs"]
-    return f"{PLUS} --epochs {b.epochs[0]} {epochs[1]} --epoch-steps 0 0"
+def longer_frozen(recipe: Namespace) -> str:
+    epochs = options.recipe("plus", recipe.dataset, "graft")["epochs"]
+    return f"{PLUS} --epochs {recipe.epochs[0]} {epochs[1]} --epoch-steps 0 0"
 
 
 # --- Tables 1 to 8
@@ -241,7 +237,7 @@ CHOICES = [
     Row("D2: beta 0.0005 (4.2)", "--beta 0 0.0005"),
     Row("D2: beta 0.005 (5.2)", "--beta 0 0.005"),
     Row("D3: plain distance in Eq. (8)", PLAIN),
-    Row("D4: Eq. (9)'s norm, as printed", "--center-norm"),
+    Row("D4: Eq. (9)'s norm, as printed", slip="center-norm"),
     *(D5, D6, D15),
     *on(PLAIN, [D5, D6, D15], ", plain distance"),
     *on(FFF, [D5, D6], ", FFF"),
@@ -253,7 +249,7 @@ CHOICES = [
     Row("D9: erasing, the same place in all sensors", "--erase 0.5"),
     *on("--erase 0.5", [Row("D9: erasing, each sensor apart", slip="erase-apart")]),
     Row("D10: centroids drawn from N(0, 1), never trained", slip="random-centroids"),
-    Row("D11: stage 2 at four times its rate", lambda b: f"--lr {b.lr[0]:g} {4 * b.lr[1]:g}"),
+    Row("D11: stage 2 at four times its rate", lambda r: f"--lr {r.lr[0]:g} {4 * r.lr[1]:g}"),
     Row("D21: cross-entropy on all", "--cross-entropy all"),
     Row("D25: vanilla fusion", "--fusion cls"),
     *on("--fusion cls", [Row("D25: the same, frozen in both stages", "--frozen yes yes")]),
@@ -262,9 +258,9 @@ CHOICES = [
 STAGES = [
     Row("frozen, then unfrozen"),
     Row("both stages unfrozen", "--frozen no no"),
-    Row("stage 2 alone, for all epochs", lambda b: f"--epochs 0 {sum(b.epochs)}"),
+    Row("stage 2 alone, for all epochs", lambda r: f"--epochs 0 {sum(r.epochs)}"),
     Row("both stages frozen", "--frozen yes yes"),
-    Row("center loss in stage 1, too", lambda b: f"--beta {b.beta[1]:g} {b.beta[1]:g}"),
+    Row("center loss in stage 1, too", lambda r: f"--beta {r.beta[1]:g} {r.beta[1]:g}"),
     Row("no center loss", "--beta 0 0"),
 ]
 SMALL_VIT = "--backbone-weights weights/vit-small-rgb"
@@ -302,6 +298,10 @@ INDICES = [Row(str(i), f"--data-token {i}" if i else "") for i in range(0, 30, 5
 INDICES += on(PLAIN, [INDICES[0], INDICES[1], INDICES[-1]], ", plain distance")
 FUSION_TOKENS = [Row("1"), Row("2", "--fusion-tokens 2"), Row("4", "--fusion-tokens 4")]
 FIG_1 = on(PAIR, TABLE_2) + pruned(TABLE_4, PAIR, ", GraFT")
+DATA_TOKEN = (
+    "Section 6, index of the data token (in the paper, mAP over the indices 5, 10, ..., 25 has a"
+    " standard deviation of 0.07 points)"
+)
 POSITIVES = [Row(f"{n}, FFF", partial(positives, n), base=partial(positives, 1)) for n in (1, 4)]
 
 SCHEMES = [*TABLE_8, Row("no triplet loss", "--alpha 0"), *BY_DISTANCE, *TESTED_ON_DATA]
@@ -312,16 +312,16 @@ TABLES = {
     "3": Table("Table 3, pruning on RGBNT100", pruning_rows("", DENSE_100, TABLE_3)),
     "4": Table("Table 4, pruning on RGBN300", pruning_rows(PAIR, DENSE_300, TABLE_4)),
     "5": Table("Table 5, fusion on RGBNT100", TABLE_5),
-    "6": Table("Table 6, modalities of RGBNT100, in training and test", TABLE_6),
-    "7": Table("Table 7, modalities of RGBN300, in training and test", TABLE_7),
+    "6": Table("Table 6, RGBNT100, trained and tested on the sensors named", TABLE_6),
+    "7": Table("Table 7, RGBN300, trained and tested on the sensors named", TABLE_7),
     "8": Table("Table 8, tokens of anchor, positive and negative, RGBNT100", SCHEMES),
     "fig1": Table("Fig. 1, parameters and mAP on RGBN300", FIG_1),
-    "data-token": Table("Section 6, index of the data token (paper: ± 0.07 mAP)", INDICES),
-    "positives": Table("Section 5.1, positives an anchor; steps and anchors are equal", POSITIVES),
+    "data-token": Table(DATA_TOKEN, INDICES),
+    "positives": Table("Section 5.1, positives per anchor, in equally many steps", POSITIVES),
     "fusion-tokens": Table("Section 5.2, fusion tokens", FUSION_TOKENS),
     "stages": Table("Section 4, stages and the center loss", STAGES),
     "test": Table("Beyond the paper: mirrored images, re-ranking", LOOKS),
     "choices": Table("Where the paper is silent or its code differs (D1 to D26)", CHOICES, True),
     "plus": Table("Beyond the paper: our recipe, and without each of its parts", PARTS_OF_PLUS),
-    "missing": Table("Beyond the paper: trained on three sensors, tested on those named", MISSING),
+    "missing": Table("Beyond the paper: trained on all sensors, tested on those named", MISSING),
 }

@@ -50,7 +50,7 @@ def test_figures_that_are_kept_show_nothing_by_squared_distances():
 
 def test_measuring_and_printing_again(trained, tmp_path):
     file = tmp_path / "ffd.json"
-    stdout = succeeds(ffd, f"end={trained}", "--triplets", 8, "--json", file)
+    stdout = succeeds(ffd, f"end={trained}", "--json", file)
     assert "| end |" in stdout
     assert succeeds(ffd, "--json", file) == stdout
     assert "no checkpoint: expected LABEL=CKPT" in fails(ffd)

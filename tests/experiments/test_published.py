@@ -90,6 +90,14 @@ def test_each_sensor_is_erased_at_a_place_of_its_own():
     assert 0.3 < hidden["nir"].flatten(1).any(1).float().mean() < 0.7
 
 
+def test_the_center_loss_is_the_mean_norm_as_printed():
+    center = losses.CenterLoss(2, 2)
+    features, labels = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    with slip("center-norm"):
+        assert center(features, labels) == 3.5
+    assert center(features, labels) == 14.5
+
+
 def test_centroids_are_drawn_and_the_fusion_token_starts_narrower():
     args = train.parse([])
     with published.slipped("random-centroids", args):

@@ -87,14 +87,14 @@ def test_of_three_sensors_each_is_blind_in_a_quarter(tmp_path):
     assert Image.open(sheet).height > 100
 
 
-REFUSED = {
-    "--sensors rgb,swir": "swir: no such folder; expected one of each sensor",
+REFUSALS = {
+    "--sensors rgb,swir": "swir: no such folder; expected one for each sensor",
     "--sensors rgb": "6 scenes found; expected two or more, each seen by two sensors",
-    "--sensors rgb,empty": "empty lacks 6 of 6 scenes, e.g. 0",
+    "--sensors rgb,empty": "empty lacks 6 of 6 scenes, such as 0",
     "--train 0 3 --test 3 5": "--test 3 5: scene 3 is in --train, too",
-    "--train 4 6": "--train 4 6: expected the first and the last of scenes from 0 to 5",
+    "--train 4 6": "--train 4 6: expected the numbers of a first and a last scene, from 0 to 5",
     "--sensors rgb,small": "100x50 pixels; expected at least 160x80",
-    "--sensors rgb,square": "300x300 pixels, another aspect than",
+    "--sensors rgb,square": "300x300 pixels, another aspect ratio than",
     "--sensors rgb,torn": "not an image that can be read",
 }
 
@@ -103,8 +103,7 @@ def test_refusals_leave_nothing(tmp_path):
     pairs = draw(tmp_path / "pairs", ("rgb", "tir", "small", "square", "torn"))
     (pairs / "empty").mkdir()
     (pairs / "torn/5.png").write_bytes(b"torn")
-    for options, message in REFUSED.items():
-        assert message in fails(
-            scenes, "--pairs", pairs, "--out", tmp_path / "o/set", *options.split()
-        )
+    common = ("--pairs", pairs, "--out", tmp_path / "o/set")
+    for options, message in REFUSALS.items():
+        assert message in fails(scenes, *common, *options.split())
         assert not [*tmp_path.glob("o/*"), *tmp_path.glob("o/.*")], options
