@@ -1,11 +1,11 @@
-"""Time this code beside its fastest public peers: in turns, in one run, on the same weights.
+"""Time this code beside its fastest public peers, in turns, in one run, on the same weights.
 
-python -m extras.bench                          some minutes; --json FILE keeps the figures
-python -m extras.bench --rows step,rank         some of the rows
-python -m extras.bench --gpu                    the GPU's rows, a minute on an H100
+python -m extras.bench --json bench.json        every row: about five minutes on two cores
+python -m extras.bench --rows step,rank         these rows only
+python -m extras.bench --gpu                    the GPU's rows: a minute on an H100
 
-A ratio is the peer's median time by ours: bare times say little on a shared machine. A row whose
-two sides give different figures ends the program, as they would not have done the same work.
+A ratio is the peer's median time divided by ours; times alone say little on a shared machine. The
+ranking and reading rows also compare both sides' figures; the program ends if these differ.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,86 +32,68 @@ import evaluate
 import options
 import runtime
 import train
-from losses import GraFTLoss, triplet_soft_margin
-from model import GraFT, GraFTConfig, ViT
+from losses import GraFTLoss
+from model import Backbone, Embeddings, GraFT, GraFTConfig, ViT
 from runtime import UserError
 
+DEIT_B = GraFTConfig()  # with images of 224x224, as in the paper
 SMALL = GraFTConfig(image_size=(64, 128), **options.BACKBONES["small"])  # the synthetic set's
 PAPER = options.parse(["--dataset", "rgbnt100"])
-MODALITIES = ("rgb", "nir", "tir")
-HALF = dict.fromkeys(MODALITIES, (0.5, 0.5, 0.5))  # mean and std of made-up images
+HALF = dict.fromkeys(DEIT_B.modalities, (0.5, 0.5, 0.5))  # mean and std of made-up images
 
-Side = Callable[[], float | None]  # one turn; a figure it returns has to be the other side's, too
+Side = Callable[[], float | None]  # one turn; both sides of a row must return the same figure
 
 
 class Row(NamedTuple):
-    """`sides` are ours and the peer's."""
-
     what: str
     peer: str
-    sides: tuple[Side, Side]
+    sides: tuple[Side, Side]  # ours and the peer's
 
 
 # --- peers, of public parts
 
 
-def timm_vit(image_size: tuple[int, int], dim: int, depth: int, heads: int) -> nn.Module:
-    """timm's distilled ViT; with DeiT-B's sizes it is its deit_base_distilled_patch16_224."""
-    try:
-        from timm.models.deit import VisionTransformerDistilled
-    except ImportError:
-        raise UserError("this row compares with timm: pip install timm") from None
-    sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads}
-    return VisionTransformerDistilled(image_size, 16, **sizes, num_classes=0)
+class TimmViT(Backbone):
+    """timm's distilled ViT, the class of its deit_base_distilled_patch16_224, with our weights."""
+
+    def __init__(self, config: GraFTConfig, ours: ViT):
+        super().__init__()
+        try:
+            from timm.models.deit import VisionTransformerDistilled
+        except ImportError:
+            raise UserError("this row compares with timm: pip install timm") from None
+        sizes = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
+        self.vit = VisionTransformerDistilled(config.image_size, 16, **sizes, num_classes=0)
+        self.vit.load_state_dict(ours.state_dict())
+
+    def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:
+        return self.vit.forward_features(images)
 
 
-class PublishedStep(nn.Module):
-    """The published code's training step: fp32, a pass of its own for each role and modality.
+class PublishedGraFT(GraFT):
+    """GraFT as the published code computes it: each role and modality in a pass of its own.
 
-    Called like train.Objective. Parameters are named as in GraFT, whose weights it copies.
+    Its encoders compute the outputs of all tokens. It has the weights of the model that is given.
     """
 
-    def __init__(self, model: GraFT, stage: options.Stage):
-        super().__init__()
-        config, self.stage = model.config, stage
-        sizes = (config.dim, config.encoder_heads, config.encoder_hidden)
-        layer = partial(nn.TransformerEncoderLayer, *sizes, batch_first=True)
-        self.backbone = timm_vit(config.image_size, config.dim, config.depth, config.heads)
-        self.encoders = nn.ModuleDict({modality: layer() for modality in config.modalities})
-        self.fusion_token = nn.Parameter(torch.empty_like(model.fusion_token))
-        self.bottleneck = nn.BatchNorm1d(config.dim)
-        self.classifier = nn.Linear(config.dim, config.num_ids, bias=False)
-        centers = torch.zeros(config.num_ids, config.dim)
-        self.register_buffer("centers", centers, persistent=False)
+    def __init__(self, model: GraFT):
+        super().__init__(model.config)
         self.load_state_dict(model.state_dict())
-        self.backbone.requires_grad_(not stage.frozen)
-        self.bottleneck.bias.requires_grad_(False)
+        self.backbone = TimmViT(model.config, model.backbone)
 
-    def embed(self, images: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """One role's images {modality: (B, 3, H, W)} -> its fusion and data tokens, (B, D)."""
+    def forward(self, images: dict[str, Tensor]) -> Embeddings:
         fusion, sampled = [], []
-        for modality, image in images.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stage.frozen):
-                tokens = self.backbone.forward_features(image)  # (B, N, D)
-            fusion_token = self.fusion_token.expand(len(tokens), -1, -1)
-            encoded = self.encoders[modality](torch.cat([fusion_token, tokens], 1))
-            fusion.append(encoded[:, 0])
-            sampled.append(encoded[:, 1])
-        return torch.stack(fusion).mean(0), torch.stack(sampled).mean(0)
-
-    def forward(self, images: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        roles = [
-            {name: image.chunk(3)[role] for name, image in images.items()} for role in range(3)
-        ]
-        (anchor, _), (positive, _), (_, negative) = (self.embed(role) for role in roles)  # FFD
-        logits = self.classifier(self.bottleneck(anchor))
-        smoothing = self.stage.label_smoothing
-        loss = 0.5 * F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        loss = loss + 0.5 * triplet_soft_margin(anchor, positive, negative)
-        if self.stage.beta:
-            distance = (anchor - self.centers[labels]).square().sum(1)
-            loss = loss + self.stage.beta * distance.mean()
-        return {"loss": loss}
+        for role in range(3):
+            encoded = []
+            for modality, image in images.items():
+                tokens = self.backbone(image.chunk(3)[role])  # (B, N, D)
+                fusion_token = self.fusion_token.expand(len(tokens), -1, -1)
+                tokens = torch.cat([fusion_token, tokens], 1)
+                encoded.append(nn.TransformerEncoderLayer.forward(self.encoders[modality], tokens))
+            mean = torch.stack(encoded).mean(0)
+            fusion.append(mean[:, 0])
+            sampled.append(mean[:, 1])
+        return Embeddings(torch.cat(fusion), torch.cat(sampled), {}, {})
 
 
 def published_reading(split: data.Split, indices: list[int]) -> dict[str, Tensor]:
@@ -149,44 +131,31 @@ def published_evaluation(query: Tensor, gallery: Tensor, pids: tuple, keys: tupl
 # --- rows
 
 
-def step_rows(device: torch.device, triplets: int = 2) -> Iterator[Row]:
-    """A training step of DeiT-B at 224x224 on three modalities: images in, weights changed."""
-    for stage in PAPER.stages:
-        model = GraFT(GraFTConfig())
-        peer = published_step(model, stage, triplets, device)
-        for precision in ("bf16", "fp32"):
-            ours = our_step(model, stage, triplets, device, precision)
-            what = f"training step, stage {stage.number}, {precision}"
-            yield Row(what, "the published code's way, fp32", (ours, peer))
+def step_rows(device: torch.device) -> Iterator[Row]:
+    """A training step of DeiT-B on two triplets of three modalities."""
+    first, second = PAPER.stages
+    for stage, precision in ((first, "bf16"), (second, "bf16"), (second, "fp32")):
+        model = GraFT(DEIT_B)
+        peer = training_step(PublishedGraFT(model), stage, 2, device, "fp32")
+        ours = training_step(model, stage, 2, device, precision)
+        what = f"training step, stage {stage.number}, {precision}"
+        yield Row(what, "the published code's way, fp32", (ours, peer))
 
 
-def our_step(
-    model: GraFT, stage: options.Stage, triplets: int, device, precision="auto", alpha=0.5
+def training_step(
+    model: GraFT, stage: options.Stage, triplets: int, device, precision: str, alpha=0.5
 ) -> Side:
-    """train.py's step for a model in a stage."""
+    """train.py's step on random images: forward, losses, backward, optimizer."""
     model.freeze_backbone(stage.frozen)
     embedder = evaluate.Embedder(model, HALF, HALF, device, precision)
     criterion = GraFTLoss(model.config.num_ids, model.width).to(device)
     criterion.weights(alpha, stage.beta, 0.5, stage.label_smoothing)
     objective = train.Objective(embedder, criterion)
     optimizer = train.make_optimizer(objective, stage, center_lr=1e-3)
-    return on_triplets(objective, optimizer, model.config, triplets, device)
-
-
-def published_step(model: GraFT, stage: options.Stage, triplets: int, device) -> Side:
-    published = PublishedStep(model, stage).to(device)
-    trained = [p for p in published.parameters() if p.requires_grad]
-    decay = stage.weight_decay
-    optimizer = torch.optim.AdamW(trained, stage.lr, stage.betas, weight_decay=decay)
-    return on_triplets(published, optimizer, model.config, triplets, device)
-
-
-def on_triplets(step: nn.Module, optimizer, config: GraFTConfig, triplets: int, device) -> Side:
-    """A whole training step on random images: forward, losses, backward, optimizer."""
-    images, labels = random_triplets(config, triplets, device)
+    images, labels = random_triplets(model.config, triplets, device)
 
     def turn() -> None:
-        step(images, labels)["loss"].backward()
+        objective(images, labels)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -210,7 +179,7 @@ def ffd_rows(device: torch.device, triplets: int = 8) -> Iterator[Row]:
         torch.manual_seed(0)
         model = GraFT(SMALL)
         vanish(model, *random_triplets(SMALL, triplets, "cpu"))
-        sides.append(our_step(model, stage, triplets, device, "fp32", alpha))
+        sides.append(training_step(model, stage, triplets, device, "fp32", alpha))
     yield Row("training step, FFD's triplets vanished, fp32", "with --alpha 0", tuple(sides))
 
 
@@ -220,54 +189,43 @@ def vanish(model: GraFT, images: dict[str, Tensor], labels: Tensor) -> float:
 
     Its gradients, which are shared among many weights, are then denormal numbers.
     """
-    criterion, roles = GraFTLoss(model.config.num_ids, model.width), model.eval()(images)
-    anchor, positive, _ = roles.fusion.chunk(3)
-    negative = roles.data.chunk(3)[2]
+    embeddings = model.eval()(images)
+    anchor, positive, _ = embeddings.fusion.chunk(3)
+    _, _, negative = embeddings.data.chunk(3)
     gap = (anchor - negative).square().sum(1) - (anchor - positive).square().sum(1)
     for encoder in model.encoders.values():
         encoder.norm2.weight *= (80 / gap.min()).sqrt()
-    out = model(images)
+    embeddings, criterion = model(images), GraFTLoss(model.config.num_ids, model.width)
     model.train()
-    return float(criterion.triplet(out.fusion, out.data, labels, ()))
+    return float(criterion.triplet(embeddings.fusion, embeddings.data, labels, ()))
 
 
 def vit_rows(device: torch.device) -> Iterator[Row]:
-    """All tokens of a ViT, as in testing and with the backward pass; both in one precision."""
-    sizes = {
-        "DeiT-B, 224x224": (((224, 224), 768, 12, 12), 6),
-        "small, 64x128": (((64, 128), 192, 6, 3), 96),
-    }
-    for name, ((image_size, dim, depth, heads), batch) in sizes.items():
-        ours = ViT(image_size, 16, dim, depth, heads).to(device)
-        peer = timm_vit(image_size, dim, depth, heads).to(device)
-        peer.load_state_dict(ours.state_dict())
-        images = torch.randn(batch, 3, *image_size, device=device)
-        for training in (False, True):
-            for precision in ("bf16", "fp32"):
-                turn = partial(vit_turn, images, training, precision)
-                sides = partial(turn, ours, ours), partial(turn, peer, peer.forward_features)
-                what = f"ViT {name}, forward{' and backward' if training else ''}, {precision}"
-                yield Row(what, f"timm, {precision}", sides)
+    """Forward and backward pass of a ViT for all its tokens, both sides in one precision."""
+    for name, config, batch in (("DeiT-B, 224x224", DEIT_B, 6), ("small, 64x128", SMALL, 96)):
+        ours = ViT(config.image_size, 16, config.dim, config.depth, config.heads).to(device)
+        peer = TimmViT(config, ours).to(device)
+        images = torch.randn(batch, 3, *config.image_size, device=device)
+        for precision in ("bf16", "fp32"):
+            sides = (partial(vit_turn, vit, images, precision) for vit in (ours, peer))
+            what = f"ViT {name}, forward and backward, {precision}"
+            yield Row(what, f"timm, {precision}", tuple(sides))
 
 
-def vit_turn(images: Tensor, training: bool, precision: str, vit: nn.Module, forward) -> None:
-    vit.train(training)
-    with torch.set_grad_enabled(training), runtime.autocast(images.device, precision):
-        tokens = forward(images)
-    if training:
-        tokens.float().sum().backward()
-        vit.zero_grad()
+def vit_turn(vit: nn.Module, images: Tensor, precision: str) -> None:
+    with runtime.autocast(images.device, precision):
+        tokens = vit(images)
+    tokens.float().sum().backward()
+    vit.zero_grad()
 
 
-def rank_rows(device: torch.device) -> Iterator[Row]:
-    """mAP of noisy features of width 768: RGBNT100's size and Market-1501's; on the CPU."""
-    for sizes in ((1715, 8575, 50, 8), (3368, 19732, 750, 6)):
-        query, gallery, pids, keys = features(*sizes)
-        ours = partial(evaluate.rank_metrics, query, gallery, *pids, *keys)
-        peer = partial(published_evaluation, query, gallery, pids, keys)
-        what = f"ranking {sizes[0]:,} queries, {sizes[1]:,} gallery samples"
-        sides = (lambda ours=ours: ours().mAP), peer
-        yield Row(what, "the published GraFT's evaluation (NumPy)", sides)
+def rank_rows(_: torch.device, sizes=(1715, 8575, 50, 8)) -> Iterator[Row]:
+    """mAP of noisy features of width 768, in RGBNT100's numbers, on the CPU."""
+    query, gallery, pids, keys = features(*sizes)
+    ours = lambda: evaluate.rank_metrics(query, gallery, *pids, *keys).mAP  # noqa: E731
+    peer = partial(published_evaluation, query, gallery, pids, keys)
+    what = f"ranking {sizes[0]:,} queries, {sizes[1]:,} gallery samples"
+    yield Row(what, "the published GraFT's evaluation (NumPy)", (ours, peer))
 
 
 def features(num_query: int, num_gallery: int, num_ids: int, num_keys: int, width=768) -> tuple:
@@ -281,24 +239,21 @@ def features(num_query: int, num_gallery: int, num_ids: int, num_keys: int, widt
 
 
 def reading_rows(_: torch.device, count: int = 256) -> Iterator[Row]:
-    """From mosaics to batches by one thread; the figure is the mean of some pixels."""
+    """From mosaics to batches, by one thread; the figure is the mean of some pixels."""
+
+    def mean_pixel(batches: Callable) -> float:
+        some = [x[..., ::16, ::16] for images in batches() for x in images.values()]
+        return torch.cat(some).float().mean().item() / 255
+
     with tempfile.TemporaryDirectory() as folder:
         split = mosaics(count, folder)
-        order = [list(range(start, start + 64)) for start in range(0, count, 64)]
+        order = [batch.tolist() for batch in torch.arange(count).split(64)]
+        peer = partial(mean_pixel, lambda: (published_reading(split, batch) for batch in order))
         cpu = torch.device("cpu")
-
-        def turn(batches: Callable) -> float:
-            some = [x[..., ::16, ::16] for images in batches() for x in images.values()]
-            return torch.cat(some).float().mean().item() / 255
-
-        decode = partial(turn, partial(data.read_batches, split, order, 1, cpu))
-        pillow = partial(turn, lambda: (published_reading(split, indices) for indices in order))
-        what = f"reading {count} mosaics, first epoch, one thread"
-        yield Row(what, "Pillow, once a modality", (decode, pillow))
-        with stored(split, folder) as kept:
-            store = partial(turn, partial(data.read_batches, kept, order, 0, cpu))
-            what = f"reading {count} mosaics, later epochs, one thread"
-            yield Row(what, "without the store", (store, decode))
+        for epoch, images in (("first epoch", split), ("later epochs", stored(split, folder))):
+            ours = partial(mean_pixel, partial(data.read_batches, images, order, 1, cpu))
+            what = f"reading {count} mosaics, {epoch}, one thread"
+            yield Row(what, "Pillow, once a modality", (ours, peer))
 
 
 def mosaics(count: int, folder: str) -> data.Split:
@@ -308,24 +263,18 @@ def mosaics(count: int, folder: str) -> data.Split:
     for i, pixels in enumerate(noise):
         path = Path(folder) / f"{i:04d}_c0001_000.jpg"
         Image.fromarray(pixels).resize((768, 128), Image.Resampling.BICUBIC).save(path, quality=90)
-        tiles = {modality: (path, tile) for tile, modality in enumerate(MODALITIES)}
+        tiles = {modality: (path, tile) for tile, modality in enumerate(HALF)}
         samples.append(data.Sample(path.stem, i, 0, tiles))
-    return data.Split(samples, MODALITIES, (224, 224))
+    return data.Split(samples, HALF, (224, 224))
 
 
-@contextmanager
-def stored(split: data.Split, folder: str) -> Iterator[data.Split]:
-    """The split, decoded into a store of its own."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = folder
-    kept = data.Split(split.samples, split.modalities, split.image_size, store_gb=10)
-    if not kept.decoded:
-        raise UserError(f"{folder}: no room for the decoded images of this row")
-    try:
-        yield kept
-    finally:
-        os.environ.pop("XDG_CACHE_HOME")
-        os.environ |= {"XDG_CACHE_HOME": before} if before else {}
+def stored(split: data.Split, folder: str) -> data.Split:
+    """The split, decoded into a store in this folder."""
+    split = data.Split(split.samples, split.modalities, split.image_size, store_gb=10)
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
+        if not split.decoded:
+            raise UserError(f"{folder}: has no room for the decoded images of this row")
+    return split
 
 
 ROWS = {
@@ -350,20 +299,17 @@ def seconds_of(side: Side, device: torch.device) -> tuple[float, float | None]:
 
 def measure(row: Row, device: torch.device, turns: int) -> tuple[float, float]:
     """Median seconds of both sides, which take turns after a warm-up, for a second at least."""
-    spent: tuple[list, list] = ([], [])
-    # Shown only of a row that takes more than ten seconds
-    for turn in tqdm(range(10 * turns), row.what, leave=False, delay=10, disable=None):
-        results = [seconds_of(side, device) for side in row.sides]
+    spent: list[list[float]] = []
+    for turn in tqdm(range(10 * turns), row.what, leave=False, disable=None):
+        (ours, figure), (theirs, other) = (seconds_of(side, device) for side in row.sides)
         if turn == 0:
-            figures = [figure for _, figure in results]
-            if None not in figures and abs(figures[0] - figures[1]) > 1e-4:
-                raise RuntimeError(f"{row.what}: the sides give {figures}")
+            if figure is not None and abs(figure - other) > 1e-4:
+                raise RuntimeError(f"{row.what}: the sides give {figure} and {other}")
             continue
-        for own, (seconds, _) in zip(spent, results, strict=True):
-            own.append(seconds)
-        if turn >= turns and sum(spent[0]) > 1:
+        spent.append([ours, theirs])
+        if turn >= turns and sum(seconds for seconds, _ in spent) > 1:
             break
-    return median(spent[0]), median(spent[1])
+    return tuple(np.median(spent, 0).tolist())
 
 
 def matrix_rate(precision: str, device: torch.device) -> float:
@@ -386,8 +332,9 @@ def gpu_figures(device: torch.device, triplets: int = 26) -> Iterator[tuple[str,
     """A pass of the paper's recipe: its share of the matrix rate, and the published way."""
     rate, hours = matrix_rate("bf16", device), 0.0
     for stage, steps in zip(PAPER.stages, (13_320, 19_980), strict=True):  # of RGBNT100
-        model = GraFT(GraFTConfig())
-        ours = our_step(model, stage, triplets, device, "bf16")
+        model = GraFT(DEIT_B)
+        peer = training_step(PublishedGraFT(model), stage, triplets, device, "fp32")
+        ours = training_step(model, stage, triplets, device, "bf16")
         with FlopCounterMode(display=False) as counter:
             ours()
         step = median(seconds_of(ours, device)[0] for _ in range(10))
@@ -398,7 +345,6 @@ def gpu_figures(device: torch.device, triplets: int = 26) -> Iterator[tuple[str,
     yield "all passes of RGBNT100", hours, "hours"
     reading = read_seconds(device, 3 * triplets)
     yield f"reading {3 * triplets} samples from the store", reading / step, "of a step's time"
-    peer = published_step(model, stage, triplets, device)
     for allowed in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
         seconds_of(peer, device)
@@ -409,11 +355,11 @@ def gpu_figures(device: torch.device, triplets: int = 26) -> Iterator[tuple[str,
 
 def read_seconds(device: torch.device, batch: int) -> float:
     """From the store to the GPU, a batch of random samples."""
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder, stored(mosaics(512, folder), folder) as split:
-        order = [rng.choice(512, batch).tolist() for _ in range(40)]
+    order = np.random.default_rng(0).integers(512, size=(40, batch)).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        batches = data.read_batches(stored(mosaics(512, folder), folder), order, 0, device)
         began = time.perf_counter()
-        for _ in data.read_batches(split, order, 0, device):
+        for _ in batches:
             torch.cuda.synchronize()
         return (time.perf_counter() - began) / len(order)
 
@@ -424,13 +370,14 @@ def read_seconds(device: torch.device, batch: int) -> float:
 def parse() -> argparse.Namespace:
     parser = runtime.Parser(__doc__, prog="python -m extras.bench")
     add = parser.add_argument
-    text = f"some of {', '.join(ROWS)} (default: all)"
-    add("--rows", metavar="NAMES", type=runtime.names, default=tuple(ROWS), help=text)
-    add("--gpu", action="store_true", help="the GPU's rows alone; --rows, --turns do not apply")
-    add("--turns", type=runtime.whole(1), default=5, metavar="N", help="of each side, at least")
-    add("--json", type=Path, metavar="FILE", help="write the figures, anew after each row")
-    text = "random seed of weights and inputs"
-    add("--seed", type=runtime.whole(0), default=0, metavar="N", help=text)
+    text = f"rows to measure, of {', '.join(ROWS)} (default: all)"
+    add("--rows", action=runtime.Names, default=tuple(ROWS), help=text)
+    text = "measure the GPU's rows instead, without --rows and --turns"
+    add("--gpu", action="store_true", help=text)
+    text = "least number of turns of each side"
+    add("--turns", type=runtime.whole(1), default=3, help=text)
+    text = "write the figures to FILE after each row"
+    add("--json", type=Path, metavar="FILE", help=text)
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args()
     if unknown := [name for name in args.rows if name not in ROWS]:
@@ -450,32 +397,32 @@ def main() -> None:
     print(f"{machine}; {report['threads']} threads; torch {report['torch']}")
     report["rates"] = rates = {name: matrix_rate(name, device) for name in ("bf16", "fp32")}
     if device.type == "cuda":
-        rates["tf32"] = rates.pop("fp32")  # which is what runtime.start has torch take
+        rates["tf32"] = rates.pop("fp32")  # which runtime.start makes of fp32
     shown = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
     rule = "bf16" if runtime.bf16_is_fast(device) else "fp32"
-    print(f"matrix products, GFLOP/s: {shown}; --precision auto takes {rule}", flush=True)
+    print(f"matrix products, GFLOP/s: {shown}; --precision auto is {rule}", flush=True)
     report |= {"auto": rule, "rows": []}
 
-    def keep(line: str, **figures) -> None:
+    def add(line: str, **figures) -> None:
         print(line, flush=True)
-        report["rows"].append({**figures, "machine": machine})
+        report["rows"].append(figures)
         if args.json:
             runtime.write_json(args.json, report)
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(0)
     if args.gpu:
         for what, value, unit in gpu_figures(device):
-            line = f"{what:<48}{value:>10.3f} {unit:<17} {machine}"
-            keep(line, what=what, value=value, unit=unit)
-        return
-    print(f"{'what':<50}{'ours':>9}{'peer':>9}{'ratio':>7}  peer; processor")
-    for name in args.rows:
-        torch.manual_seed(args.seed)
-        for row in ROWS[name](device):
-            ours, peer = measure(row, device, args.turns)
-            line = f"{row.what:<50}{ours:>8.3f}s{peer:>8.3f}s{peer / ours:>7.2f}  {row.peer}"
-            figures = {"what": row.what, "peer": row.peer, "ours": ours, "theirs": peer}
-            keep(f"{line}; {machine}", **figures, ratio=peer / ours)
+            add(f"{what:<48}{value:>10.3f} {unit}", what=what, value=value, unit=unit)
+    else:
+        print(f"{'what':<52}{'ours':>9}{'peer':>9}{'ratio':>7}  peer")
+        for name in args.rows:
+            for row in ROWS[name](device):
+                ours, peer = measure(row, device, args.turns)
+                line = f"{row.what:<52}{ours:>8.3f}s{peer:>8.3f}s{peer / ours:>7.2f}  {row.peer}"
+                figures = {"what": row.what, "peer": row.peer, "ours": ours, "theirs": peer}
+                add(line, **figures, ratio=peer / ours)
+    if args.json:
+        print(f"{args.json}: these figures")
 
 
 if __name__ == "__main__":

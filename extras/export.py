@@ -2,19 +2,18 @@
 
 python -m extras.export runs/synthetic --out model.onnx
 
-Inputs, one a modality, by its name: uint8 RGB images (B, 3, H, W). Output: `embedding` (B, D),
-float32, L2-normalised, what evaluate.py ranks. B is free; the normalisation is in the graph. The
-file's metadata say the rest: modalities (in the model's order), image_size, model (sha256 of the
-checkpoint).
+The file has one input per modality, with the modality's name: uint8 RGB images (B, 3, H, W), for
+any B. Its output `embedding` (B, D) is float32 and L2-normalised, as evaluate.py ranks it; the
+graph normalises the images itself. The file's metadata are `modalities` (in the model's order),
+`image_size` and `model` (the sha256 of the checkpoint).
 """
 
 import argparse
-import importlib
+import importlib.util
 import logging
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,36 +21,28 @@ import evaluate
 import runtime
 from runtime import UserError
 
-TOLERANCE = 1e-3  # between onnxruntime and PyTorch, of a normalised embedding's numbers
-HALF_TOLERANCE = 1e-3  # of 1 - cosine: half precision has 3 digits, so single numbers say little
+TOLERANCE = 1e-3  # between onnxruntime and PyTorch, of the numbers of a normalised embedding
 BATCH_SIZES = (1, 5)  # that are compared; the graph is traced with another one
 
 
 class Exported(nn.Module):
-    """Images as they are read -> embeddings, by an Embedder; positional, as ONNX has its inputs."""
+    """An Embedder from uint8 images to embeddings; positional, as ONNX has its inputs."""
 
     def __init__(self, embedder: evaluate.Embedder, modalities: tuple[str, ...]):
         super().__init__()
         self.model, self.embedder = embedder.model, embedder
-        self.modalities, self.dtype = modalities, torch.float32
-
-    def half(self) -> "Exported":
-        """Half precision, but for the images' range and for what comes after the encoders."""
-        self.dtype = torch.float16
-        super().half()
-        self.model.bottleneck.float()
-        return self
+        self.modalities = modalities
 
     def forward(self, *images: Tensor) -> Tensor:
-        images = self.embedder.normalise(dict(zip(self.modalities, images, strict=True)))
-        return self.embedder.features_of({name: x.to(self.dtype) for name, x in images.items()})
+        images = dict(zip(self.modalities, images, strict=True))
+        return self.embedder.features_of(self.embedder.normalise(images))
 
 
 def random_images(exported: Exported, batch_size: int) -> list[Tensor]:
     """uint8 images of each modality.
 
-    Noise of any brightness and tint: plain noise looks so much alike to a model (cosine 0.98) that
-    a graph which mixes up samples or modalities could pass the check.
+    Noise of random brightness and tint: plain noise looks so much alike to a model (cosine 0.98)
+    that a graph which mixes up samples or modalities could pass the check.
     """
     generator = torch.Generator().manual_seed(batch_size)
     shape = (len(exported.modalities), batch_size, 3, *exported.model.config.image_size)
@@ -65,12 +56,14 @@ def to_onnx(exported: Exported, metadata: dict[str, str]) -> bytes:
     images = tuple(random_images(exported, 3))
     batch = torch.export.Dim("batch", min=1)
     sizes = (tuple({0: batch} for _ in images),)
-    logging.disable(logging.ERROR)  # torch's own, at length, of what is one line below
+    logging.disable(logging.ERROR)  # torch logs at length what is one line below
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            print("1 of 3: tracing the model", flush=True)
             # Strict: without it len(x) makes the batch a constant
             program = torch.export.export(exported, images, dynamic_shapes=sizes, strict=True)
+            print("2 of 3: writing the graph, which takes a minute for a ViT-B", flush=True)
             names = {"input_names": exported.modalities, "output_names": ["embedding"]}
             onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         onnx.model.metadata_props.update(metadata)
@@ -80,55 +73,39 @@ def to_onnx(exported: Exported, metadata: dict[str, str]) -> bytes:
         raise UserError(f"torch {torch.__version__} cannot export this model: {reason}") from None
 
 
-def run_onnx(content: bytes, inputs: dict[str, np.ndarray]) -> Tensor:
-    """The embeddings that onnxruntime computes on the CPU."""
+@torch.no_grad()
+def check(content: bytes, exported: Exported) -> None:
+    """Raise UserError unless onnxruntime, on the CPU, gives PyTorch's embeddings."""
     import onnxruntime
 
+    print("3 of 3: comparing onnxruntime's embeddings of random images with PyTorch's", flush=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["embedding"], inputs)[0])
-
-
-def check(content: bytes, exported: Exported, expected: list[Tensor]) -> None:
-    """Raise UserError where onnxruntime's embeddings of random images are not as `expected`."""
-    half = exported.dtype == torch.float16
-    name, limit = ("1 - cosine", HALF_TOLERANCE) if half else ("difference", TOLERANCE)
-    for batch_size, right in zip(BATCH_SIZES, expected, strict=True):
-        images = zip(exported.modalities, random_images(exported, batch_size), strict=True)
-        found = run_onnx(content, {modality: image.numpy() for modality, image in images})
-        cosine = (found.double() * right.double()).sum(1)
-        largest = (1 - cosine if half else (found - right).abs()).max().item()
-        print(f"batch of {batch_size}: largest {name} to PyTorch in fp32 {largest:.1e}")
-        if not largest <= limit:  # NaN, too
+    for batch_size in BATCH_SIZES:
+        images = random_images(exported, batch_size)
+        arrays = dict(zip(exported.modalities, (image.numpy() for image in images), strict=True))
+        embedding = torch.from_numpy(session.run(["embedding"], arrays)[0])
+        largest = (embedding - exported(*images)).abs().max().item()
+        print(f"batch of {batch_size}: largest difference {largest:.1e}")
+        if not largest <= TOLERANCE:  # NaN, too
             raise UserError(
-                f"onnxruntime's embeddings differ from PyTorch's: {name} {largest:.1e}, at most"
-                f" {limit:.0e} is allowed; nothing is written"
+                f"onnxruntime's embeddings differ from PyTorch's by up to {largest:.1e}; expected"
+                f" at most {TOLERANCE:.0e}; no file is written"
             )
-
-
-def need_packages() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            raise UserError(f"export needs {name}: pip install {name}") from None
 
 
 def parse() -> argparse.Namespace:
     parser = runtime.Parser(__doc__, prog="python -m extras.export")
     add = parser.add_argument
-    text = "written by train.py or prune.py: a file, or a run's folder for its last.pt"
+    text = "a checkpoint of train.py or prune.py, or a run's folder"
     add("checkpoint", metavar="CKPT", help=text)
-    text = "file to write, beside which nothing else is needed"
-    add("--out", type=Path, default=Path("model.onnx"), metavar="FILE", help=text)
-    text = "e.g. rgb,tir: the inputs of the file (default: all that were trained)"
-    add("--modalities", type=runtime.names, metavar="NAMES", help=text)
-    text = "fusion tokens (paper), what leaves the BNNeck, or data tokens (default: as in training)"
+    add("--out", type=Path, default=Path("model.onnx"), metavar="FILE", help="file to write")
+    text = "inputs of the file, e.g. rgb,tir (default: all that were trained)"
+    add("--modalities", action=runtime.Names, help=text)
+    text = "fusion tokens (paper), BNNeck's output, or data tokens (default: as in training)"
     add("--features", choices=evaluate.FEATURES, help=text)
-    text = "weights and arithmetic in half precision: half the file"
-    add("--fp16", action="store_true", help=text)
     return parser.parse_args()
 
 
@@ -136,24 +113,21 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     runtime.check_output(args.out, "--out", (".onnx",))
-    need_packages()
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"export needs {name}: pip install {name}")
     options = {"precision": "fp32", "workers": 0, "features": args.features}
     embedder = evaluate.load_embedder(args.checkpoint, "cpu", **options)
     config = embedder.model.requires_grad_(False).config
-    modalities = runtime.in_order(
-        args.modalities or config.modalities, config.modalities, "the model"
-    )
-    exported = Exported(embedder, modalities)
-    with torch.no_grad():
-        expected = [exported(*random_images(exported, size)) for size in BATCH_SIZES]
+    chosen = args.modalities or config.modalities
+    exported = Exported(embedder, runtime.in_order(chosen, config.modalities, "the model"))
     metadata = {
-        "modalities": ",".join(modalities),
+        "modalities": ",".join(exported.modalities),
         "image_size": "x".join(map(str, config.image_size)),
         "model": runtime.fingerprint(args.checkpoint),
     }
-    print("exporting, which takes a minute for a ViT-B")
-    content = to_onnx(exported.half() if args.fp16 else exported, metadata)
-    check(content, exported, expected)
+    content = to_onnx(exported, metadata)
+    check(content, exported)
     runtime.write_atomically(args.out, lambda temporary: temporary.write_bytes(content))
     print(f"{args.out}: {len(content) / 2**20:.1f} MiB")
 

@@ -4,17 +4,19 @@ python -m extras.search CKPT index FOLDER --out gallery.npz        FOLDER/MODALI
 python -m extras.search CKPT query gallery.npz rgb=a.jpg tir=b.jpg
 
 The photos of one sample have the same name in the folders of its modalities; a sample may lack
-some. A modality that comes again begins the next query: rgb=a.jpg rgb=b.jpg are two.
+some. To ask several queries at once, list their photos one query after the other: the next query
+begins where a modality comes again, so rgb=a.jpg rgb=b.jpg are two.
 
 gallery.npz holds plain arrays: features (N, D), float32, L2-normalised, so that their products are
-cosines; names (N,); files (N, M), "" where a modality is absent; modalities (M,); model.
+cosines; names (N,); files (N, M), "" where a modality is absent; modalities (M,); model, the sha256
+of the checkpoint.
 """
 
 import argparse
 import json
-import math
 import os
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,7 @@ import runtime
 from extras import pictures
 from runtime import UserError, real, whole
 
-DEPTH = 8  # folders below each other that are searched for photos
-
-Photos = dict[str, Path]  # a sample's, by modality
+Photos = dict[str, Path]  # a sample's files by modality
 
 # --- index
 
@@ -37,30 +37,28 @@ Photos = dict[str, Path]  # a sample's, by modality
 def find_samples(folder: Path, modalities: tuple[str, ...]) -> dict[str, Photos]:
     """The samples of FOLDER/MODALITY/**, by their path without MODALITY and suffix.
 
-    Warns of what was not taken. Raises UserError where nothing was.
+    Warns of files that are left out. Raises UserError if there is no image.
     """
-    samples, not_taken = defaultdict(dict), []
-    entries = data.walk(folder, DEPTH, "|".join(modalities)) if folder.is_dir() else ()
-    for path, entry in entries:
+    samples: dict[str, Photos] = defaultdict(dict)
+    left_out = []
+    for path, entry in data.walk(folder, 8, "|".join(modalities)):  # 8 folders deep at most
         modality, _, rest = path.partition("/")
         stem, suffix = os.path.splitext(rest)
         photos = samples[data.printable(stem)]
-        if suffix.lower() in data.SUFFIXES and entry.is_file() and modality not in photos:
-            photos[modality] = Path(entry.path)
+        if suffix.lower() not in data.SUFFIXES or not entry.is_file():
+            left_out.append(path)
+        elif modality in photos:
+            left_out.append(f"{path} (the same sample as {photos[modality].name})")
         else:
-            twin = photos.get(modality)
-            not_taken.append(path + (f" (the same sample as {twin.name})" if twin else ""))
-    if not_taken:
-        more = ", ..." if len(not_taken) > 3 else ""
-        text = f"{len(not_taken)} files or folders were not taken: {', '.join(not_taken[:3])}{more}"
-        runtime.warn(f"{folder}: {text}; files are read that end in {' '.join(data.SUFFIXES)}")
-    samples = {name: photos for name, photos in sorted(samples.items()) if photos}
-    if not samples:
-        expected = ", ".join(modalities)
-        raise UserError(
-            f"{folder}: no images; expected {folder}/MODALITY/NAME.jpg, MODALITY one of {expected}"
-        )
-    return samples
+            photos[modality] = Path(entry.path)
+    if left_out:
+        shown = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        text = f"{len(left_out)} files or folders are left out: {shown}; the names of photos end in"
+        runtime.warn(f"{folder}: {text} {' '.join(data.SUFFIXES)}")
+    if not any(samples.values()):
+        expected = f"{folder}/MODALITY/NAME.jpg, MODALITY one of {', '.join(modalities)}"
+        raise UserError(f"{folder}: has no photos; expected {expected}")
+    return {name: photos for name, photos in sorted(samples.items()) if photos}
 
 
 def read_photos(photos: Photos, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -78,21 +76,19 @@ def embed(
     samples: dict[str, Photos], embedder: evaluate.Embedder
 ) -> tuple[dict[str, Photos], Tensor]:
     """The samples without the photos that cannot be read, and their features (N, D)."""
-    size, kept, features, batch = embedder.model.config.image_size, {}, [], []
-    # Threads read, not processes: each photo has its own fate, and no shared memory is needed
+    size, readable, features = embedder.model.config.image_size, {}, []
     read = data.in_threads(lambda photos: read_photos(photos, size), [*samples.values()], "reading")
-    for (name, photos), images in zip(samples.items(), read, strict=True):
-        if images:
-            kept[name] = {modality: photos[modality] for modality in images}
-            batch.append(images)
-        if len(batch) == evaluate.BATCH_SIZE:
-            features.append(embedder(batch))
-            batch = []
-    if unreadable := sum(map(len, samples.values())) - sum(map(len, kept.values())):
-        runtime.warn(f"{unreadable} photos could not be read and are left out")
-    if not kept:
-        raise UserError("no photo could be read, see above")
-    return kept, torch.cat([*features, embedder(batch)])
+    pairs = zip(samples, read, strict=True)
+    while batch := dict(islice(pairs, evaluate.BATCH_SIZE)):
+        batch = {name: images for name, images in batch.items() if images}
+        for name, images in batch.items():
+            readable[name] = {modality: samples[name][modality] for modality in images}
+        features.append(embedder([*batch.values()]))
+    if lost := sum(map(len, samples.values())) - sum(map(len, readable.values())):
+        runtime.warn(f"{lost} photos could not be read and are left out")
+    if not readable:
+        raise UserError("none of the photos could be read; the warnings above say why")
+    return readable, torch.cat(features)
 
 
 def index(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
@@ -120,30 +116,22 @@ def index(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
 # --- query
 
 
-def read_gallery(path: Path, checkpoint: str, width: int) -> dict[str, np.ndarray]:
-    """The arrays that `index` wrote, with this model's features. Raises UserError otherwise."""
-    if not path.is_file():
-        command = f"python -m extras.search CKPT index FOLDER --out {path}"
-        raise UserError(f"{path}: no such file; make it by: {command}")
+def read_gallery(path: Path, checkpoint: str) -> dict[str, np.ndarray]:
+    """The arrays that `index` wrote with this model. Raises UserError for anything else."""
     try:
         with np.load(path, allow_pickle=False) as file:
             gallery = {name: file[name] for name in ("features", "names", "files", "modalities")}
             model = str(file["model"])
-        N, M = gallery["files"].shape
-        shapes = [gallery[name].shape for name in ("features", "names", "modalities")]
-        fits = shapes == [(N, width), (N,), (M,)]
     except Exception as error:  # numpy's and zipfile's errors have no common type
-        raise UserError(
-            f"{path}: not a gallery as extras.search index writes it ({str(error)[:200]}); make it"
-            " anew"
-        ) from None
-    if model != runtime.fingerprint(checkpoint) or not fits:
-        raise UserError(f"{path}: was embedded by another model than {checkpoint}; make it anew")
+        text = f"expected a file that extras.search index wrote ({str(error)[:200]})"
+        raise UserError(f"{path}: {text}") from None
+    if model != runtime.fingerprint(checkpoint):
+        raise UserError(f"{path}: was embedded by another model; embed the photos again")
     return gallery
 
 
 def read_queries(words: list[str], modalities: tuple[str, ...]) -> list[Photos]:
-    """The samples that MODALITY=FILE words describe; a modality that comes again begins the next.
+    """Words MODALITY=FILE -> queries; a modality that the last query has already begins the next.
 
     Raises UserError for other words.
     """
@@ -151,8 +139,8 @@ def read_queries(words: list[str], modalities: tuple[str, ...]) -> list[Photos]:
     for word in words:
         modality, _, path = word.partition("=")
         if modality not in modalities or not path:
-            expected = " ".join(f"{m}=FILE" for m in modalities)
-            raise UserError(f"{word}: expected some of {expected}")
+            expected = ", ".join(f"{m}=FILE" for m in modalities)
+            raise UserError(f"{word}: is not a photo of a query; expected one of {expected}")
         if modality in queries[-1]:
             queries.append({})
         queries[-1][modality] = Path(path)
@@ -167,83 +155,75 @@ def threshold_file(checkpoint: str | Path) -> Path:
 def read_threshold(checkpoint: str | Path) -> tuple[float, list[str]]:
     """The threshold that extras.verify chose for this checkpoint, and the modalities it is for."""
     path = threshold_file(checkpoint)
-    command = f"python -m extras.verify {checkpoint} --fmr 1e-2 --calibrate-on DIR"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; make it by {command}, or give --threshold VALUE")
     try:
         chosen = json.loads(path.read_text())
-        threshold, modalities = float(chosen["threshold"]), list(chosen["modalities"])
-        if not math.isfinite(threshold):
-            raise ValueError(f"threshold {threshold}")
+        if chosen["checkpoint"] == runtime.fingerprint(checkpoint):
+            return float(chosen["threshold"]), list(chosen["modalities"])
+        reason = "it was chosen for another model"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a threshold of extras.verify ({error!r}); make it anew by {command}"
-        ) from None
-    if chosen.get("checkpoint") != runtime.fingerprint(checkpoint):
-        raise UserError(
-            f"{path}: was chosen for another model than {checkpoint}; make it anew by {command}"
-        )
-    return threshold, modalities
+        reason = str(error)
+    command = f"python -m extras.verify {checkpoint} --fmr 1e-2 --calibrate-on DIR"
+    text = f"{path}: holds no threshold of this model ({reason}); choose one by {command}"
+    raise UserError(f"{text}, or give --threshold a value")
 
 
 def query(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
-    modalities = embedder.model.config.modalities
+    config, threshold = embedder.model.config, args.threshold
     runtime.check_output(args.json, "--json")
     runtime.check_output(args.picture, "--picture", (".png", ".jpg", ".jpeg"))
-    queries = read_queries(args.images, modalities)
-    gallery = read_gallery(args.gallery, args.checkpoint, embedder.model.width)
-    threshold = args.threshold
+    queries = read_queries(args.images, config.modalities)
+    gallery = read_gallery(args.gallery, args.checkpoint)
     if threshold is True:  # given without a value
         threshold, expected = read_threshold(args.checkpoint)
         if (gallery["files"] == "").any() or any(set(q) != set(expected) for q in queries):
-            names = ", ".join(expected)
-            print(f"the threshold is for samples of {names}; for others its error rate is unknown")
-    similarities = embedder(queries).numpy() @ gallery["features"].T
-    results = []
+            print(f"The threshold is for samples with {', '.join(expected)}; here some lack one.")
+    answers = []
+    similarities = embedder(queries).numpy() @ gallery["features"].T  # (queries, N)
     for photos, similarity in zip(queries, similarities, strict=True):
         best = []
         for i in np.argsort(-similarity, kind="stable")[: args.top]:
             files = zip(gallery["modalities"].tolist(), gallery["files"][i].tolist(), strict=True)
-            found = {"name": str(gallery["names"][i]), "similarity": float(similarity[i])}
-            best.append({**found, "files": {modality: file for modality, file in files if file}})
+            sample = {"name": str(gallery["names"][i]), "similarity": float(similarity[i])}
+            best.append({**sample, "files": {modality: file for modality, file in files if file}})
         answer = {"query": {m: str(path) for m, path in photos.items()}, "best": best}
         if threshold is not None:
             answer["matches"] = int((similarity >= threshold).sum())
-            for found in best:
-                found["match"] = found["similarity"] >= threshold
-        print_result(answer, threshold, len(similarity))
-        results.append(answer)
+            for sample in best:
+                sample["match"] = sample["similarity"] >= threshold
+        print_answer(answer, threshold, len(similarity))
+        answers.append(answer)
     if args.json:
-        runtime.write_json(args.json, {"threshold": threshold, "queries": results})
+        runtime.write_json(args.json, {"threshold": threshold, "queries": answers})
         print(f"{args.json}: the results")
     if args.picture:
-        draw(args.picture, results, modalities, embedder.model.config.image_size)
-        print(f"{args.picture}: each query with its best")
+        draw(args.picture, answers, config)
+        print(f"{args.picture}: each query and its best results")
 
 
-def print_result(answer: dict, threshold: float | None, size: int) -> None:
+def print_answer(answer: dict, threshold: float | None, size: int) -> None:
     print("query " + " ".join(f"{m}={path}" for m, path in answer["query"].items()))
     column = "       " if threshold is not None else ""
     print(f"{'rank':>4}  similarity  {column}name")
-    for rank, found in enumerate(answer["best"], 1):
-        verdict = "match  " if found.get("match") else column
-        print(f"{rank:>4}  {found['similarity']:>10.3f}  {verdict}{found['name']}")
+    for rank, sample in enumerate(answer["best"], 1):
+        verdict = "match  " if sample.get("match") else column
+        print(f"{rank:>4}  {sample['similarity']:>10.3f}  {verdict}{sample['name']}")
     if threshold is not None:
         count = answer["matches"] or "none"
-        print(f"{count} of {size} samples match: similarity of {threshold:.4f} or more")
+        print(f"{count} of {size} samples match (similarity of at least {threshold:.4f})")
 
 
-def draw(path: Path, results: list[dict], modalities: tuple[str, ...], size) -> None:
+def draw(path: Path, answers: list[dict], config) -> None:
     """A row for each query: its photos, then the best of the gallery, matches framed in colour."""
     rows = []
-    for answer in results:
-        row = [pictures.Cell(read_photos(answer["query"], size), ("query", ""))]
-        for rank, found in enumerate(answer["best"], 1):
-            lines = (f"{rank}. {found['name'][-24:]}", f"similarity {found['similarity']:.3f}")
-            colour = pictures.MATCH if found.get("match") else pictures.PLAIN
-            row.append(pictures.Cell(read_photos(found["files"], size), lines, colour))
+    for answer in answers:
+        row = [pictures.Cell(read_photos(answer["query"], config.image_size), ("query", ""))]
+        for rank, sample in enumerate(answer["best"], 1):
+            lines = (f"{rank}. {sample['name'][-24:]}", f"similarity {sample['similarity']:.3f}")
+            colour = pictures.MATCH if sample.get("match") else pictures.PLAIN
+            images = read_photos(sample["files"], config.image_size)
+            row.append(pictures.Cell(images, lines, colour))
         rows.append(row)
-    pictures.sheet(rows, modalities, path)
+    pictures.sheet(rows, config.modalities, path)
 
 
 # --- command line
@@ -251,28 +231,29 @@ def draw(path: Path, results: list[dict], modalities: tuple[str, ...], size) -> 
 
 def parse() -> argparse.Namespace:
     parser = runtime.Parser(__doc__, prog="python -m extras.search")
-    text = "written by train.py or prune.py: a file, or a run's folder for its last.pt"
+    text = "a checkpoint of train.py or prune.py, or a run's folder"
     parser.add_argument("checkpoint", metavar="CKPT", help=text)
     common = argparse.ArgumentParser(add_help=False)
     runtime.add_device_options(common, precision=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    text = "embed a folder; COMMAND --help lists a command's options"
+    text = "embed a folder of photos; CKPT COMMAND --help lists a command's options"
     command = commands.add_parser("index", parents=[common], help=text)
-    text = "holds a folder for each modality"
+    text = "folder that holds a folder of photos for each modality"
     command.add_argument("folder", metavar="FOLDER", type=Path, help=text)
     command.add_argument("--out", type=Path, default=Path("gallery.npz"), help="file to write")
     command.set_defaults(run=index)
-    command = commands.add_parser("query", parents=[common], help="search in what was embedded")
-    text = "written by index, e.g. gallery.npz"
-    command.add_argument("gallery", metavar="GALLERY", type=Path, help=text)
-    text = "photos of the object, e.g. rgb=a.jpg tir=b.jpg; a modality again: the next query"
-    command.add_argument("images", metavar="MODALITY=FILE", nargs="+", help=text)
+    command = commands.add_parser(
+        "query", parents=[common], help="search among the embedded photos"
+    )
     add = command.add_argument
-    add("--top", type=whole(1), default=10, help="how many of the best to show")
-    text = "similarity from which on it is a match (without a value: the one that verify chose)"
+    add("gallery", metavar="GALLERY", type=Path, help="file that index wrote")
+    text = "photos of the object, e.g. rgb=a.jpg tir=b.jpg; repeat a modality for the next query"
+    add("images", metavar="MODALITY=FILE", nargs="+", help=text)
+    add("--top", type=whole(1), default=10, help="number of results to show")
+    text = "least similarity of a match (without a value: the threshold that extras.verify chose)"
     add("--threshold", nargs="?", const=True, type=real(-1, 1), metavar="VALUE", help=text)
-    add("--json", type=Path, metavar="FILE", help="write the results")
-    add("--picture", type=Path, metavar="FILE", help="draw each query with its best")
+    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    add("--picture", type=Path, metavar="FILE", help="draw each query with its results")
     command.set_defaults(run=query)
     return parser.parse_args()
 

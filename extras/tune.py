@@ -1,16 +1,16 @@
 """Search train.py's options with optuna, as section 5.2 did, on identities held out of training.
 
 python -m extras.tune --trials 30                                          on the synthetic set
-python -m extras.tune --dataset rgbnt100 --data-root DIR --out runs/tune   once for each GPU
+python -m extras.tune --dataset rgbnt100 --data-root DIR --out runs/tune
 
-train.py's options may follow, for all trials. What is searched begins at their values; a rate or
-weight of 0 stays so. No trial is tested: only the command printed last does that. Started again, or
-several times at once with the same OUT, the search continues, with --trials in all.
+Options of train.py may follow; they hold for all trials. The first trial starts from their values,
+so the result is never worse than these; a rate or weight of 0 stays 0. The search never looks at
+the test split. The same command, run again, continues the search; run several times at once, for
+example once for each GPU, the processes share the trials.
 """
 
 import argparse
 import fcntl
-import importlib.util
 import json
 import os
 import shlex
@@ -24,13 +24,18 @@ import train
 from model import build_model, load_backbone
 from runtime import UserError, whole
 
+try:
+    import optuna
+except ImportError:
+    optuna = None  # `parse` says what to install
+
 # Option and, of a pair, stage -> range, widened to hold the given value
 SPACE = {
     # From below the published 2.54e-5 and 5e-6, for 33,300 steps, to four times the synthetic
     # set's 2.5e-3 and 1.2e-3, for 492: a shorter schedule takes a higher rate
     "lr 1": (1e-5, 1e-2, "log"),
     "lr 2": (2e-6, 5e-3, "log"),
-    "backbone_lr 1": (1e-7, 1e-3, "log"),  # only where one is set: --recipe plus
+    "backbone_lr 1": (1e-7, 1e-3, "log"),  # only if one is set, as by --recipe plus
     "backbone_lr 2": (1e-7, 1e-3, "log"),
     # The published code's are 1.58e-4 to 0.05
     "weight_decay 1": (1e-4, 0.3, "log"),
@@ -91,7 +96,7 @@ def words_of(base: argparse.Namespace, values: dict[str, float]) -> list[str]:
 
 
 def lock(path: Path, wait: bool = True) -> IO | None:
-    """The open file, locked until it is closed or this process ends; None: another holds it."""
+    """The open file, locked until it is closed or this process ends; None if another holds it."""
     file = open(path, "a")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,55 +106,40 @@ def lock(path: Path, wait: bool = True) -> IO | None:
     return file
 
 
-def folder(args: argparse.Namespace, number: int, suffix: str = "") -> Path:
-    return args.out / f"trial-{number:03d}{suffix}"
+def folder(args: argparse.Namespace, number: int) -> Path:
+    return args.out / f"trial-{number:03d}"
 
 
-def open_study(out: Path, common: list[str], epochs: int, space: dict[str, float]):
-    import optuna
-
+def open_study(out: Path, common: list[str], space: dict[str, float]):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     runtime.make_folder(out, "--out")
-    path = out / "journal.log"
     with lock(out / "lock"):
-        try:
-            backend = optuna.storages.journal.JournalFileBackend(str(path))
-            study = optuna.create_study(
-                storage=optuna.storages.JournalStorage(backend),
-                # The first quarter of a curve says little of its end
-                pruner=optuna.pruners.MedianPruner(5, n_warmup_steps=epochs // 4 + 1),
-                study_name="tune",
-                direction="maximize",
-                load_if_exists=True,
-            )
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            text = f"{path}: not a journal of optuna's ({error}); choose another --out"
-            raise UserError(text) from None
+        backend = optuna.storages.journal.JournalFileBackend(str(out / "journal.log"))
+        storage = optuna.storages.JournalStorage(backend)
+        how = {"storage": storage, "direction": "maximize", "load_if_exists": True}
+        study = optuna.create_study(study_name="tune", **how)
         if not study.trials:
             study.set_user_attr("options", common)
-            # What is given comes first, so that the result is never worse
             study.enqueue_trial(space)
-        elif study.user_attrs.get("options") != common:
-            before = shlex.join(study.user_attrs.get("options", ()))
+        elif study.user_attrs["options"] != common:
+            before = shlex.join(study.user_attrs["options"])
             raise UserError(
-                f"{out}: its trials were begun with {before}, not {shlex.join(common)}; give the"
-                " same options, or choose another --out"
+                f"{out}: holds a search with {before}, not with {shlex.join(common)}; give the same"
+                " options, or choose another --out"
             )
     return study
 
 
 def claim(study, args: argparse.Namespace, base: argparse.Namespace, space: dict[str, float]):
-    """A trial and its lock: one whose process has ended, else a new one; None: there are enough."""
-    import optuna
-
+    """A trial and its lock; None if there are enough. One whose process has ended comes first."""
     with lock(args.out / "lock"):
         trials = study.trials
-        # By the number of trials, so that a search in several goes draws what one go would
+        # Seeded by the number of trials, so an interrupted search draws the same values
         seed = runtime.torch_seed(base.seed, len(trials)) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         for old in trials:
-            lock_file = folder(args, old.number, ".lock")
+            lock_file = folder(args, old.number).with_suffix(".lock")
             if old.state.name == "RUNNING" and (held := lock(lock_file, wait=False)):
                 trial = optuna.trial.Trial(study, old._trial_id)
                 break
@@ -157,113 +147,71 @@ def claim(study, args: argparse.Namespace, base: argparse.Namespace, space: dict
             if sum(old.state.name != "WAITING" for old in trials) >= args.trials:
                 return None
             trial = study.ask()
-            held = lock(folder(args, trial.number, ".lock"))
+            held = lock(folder(args, trial.number).with_suffix(".lock"))
         values = suggest(trial, space)
         trial.set_user_attr("values", values)
         trial.set_user_attr("options", words_of(base, values))
     return trial, held
 
 
-def finish(study, args: argparse.Namespace, trial, value: float | None) -> None:
-    """Note a trial's end, without a value a poor one; only the best one's checkpoint is kept."""
-    import optuna
+def train_trial(args: argparse.Namespace, trial, words: list[str]) -> list[float]:
+    """Train both stages as train.py does, without its test, or what is left of them.
 
-    state = optuna.trial.TrialState.PRUNED if value is None else None
+    Returns the mAP of the held-out identities after each epoch; [] if training diverged.
+    """
+    try:
+        run = train.start_run(options.parse(words))
+        train.announce(run)
+        for stage in run.args.stages:
+            train.train_stage(run, stage)
+    except train.Diverged as error:
+        print(f"trial {trial.number}: {error}", flush=True)
+        return []
+    except runtime.Stopped as stopped:
+        text = f"{args.out}: stopped in trial {trial.number}; the same command continues the search"
+        raise runtime.Stopped(stopped.code - 128, text) from None
+    lines = map(json.loads, (run.args.out / "log.jsonl").read_text().splitlines())
+    curve = [line["validation"]["mAP"] for line in lines if line["event"] == "epoch"]
+    print(f"trial {trial.number}: validation mAP {100 * curve[-1]:.1f}", flush=True)
+    return curve
+
+
+def finish(study, args: argparse.Namespace, trial, curve: list[float]) -> None:
+    """Record a trial, and write trials.json, the best first. Only the best keeps its weights."""
     with lock(args.out / "lock"):
-        study.tell(trial, value, state)
-        rows = records(study)
+        trial.set_user_attr("curve", curve)
+        # Failed trials would be none to the sampler; one that is pruned at once is the worst
+        if curve:
+            study.tell(trial, curve[-1])
+        else:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        rows = [
+            {"trial": x.number, "validation_mAP": x.value, "state": x.state.name.lower()}
+            | {name: x.user_attrs.get(name) for name in ("values", "curve", "options")}
+            for x in study.trials
+        ]
+        rows.sort(key=lambda row: -(row["validation_mAP"] or 0))
         for row in rows[1:]:
-            if row["state"] in ("complete", "pruned", "diverged"):
+            if row["state"] != "running":
                 (folder(args, row["trial"]) / "last.pt").unlink(missing_ok=True)
-        folder(args, trial.number, ".lock").unlink()
+        folder(args, trial.number).with_suffix(".lock").unlink()
         runtime.write_json(args.out / "trials.json", rows)
 
 
-# --- a trial
-
-
-def validation(out: Path) -> list[float]:
-    """mAP of the held-out identities after each epoch."""
-    log = out / "log.jsonl"
-    lines = map(json.loads, log.read_text().splitlines() if log.exists() else ())
-    return [line["validation"]["mAP"] for line in lines if line["event"] == "epoch"]
-
-
-def train_trial(study, args: argparse.Namespace, trial, words: list[str]) -> None:
-    """Both stages, as train.py trains them; a poor validation curve ends them early."""
-    import optuna
-
-    own = options.parse(words)
-    epochs = sum(stage.epochs for stage in own.stages)
-
-    def watch() -> None:
-        # From the log: a process may have been killed between an epoch and its report
-        values = validation(own.out)
-        for epoch in range(len(study.trials[trial.number].intermediate_values), len(values)):
-            trial.report(values[epoch], epoch + 1)
-        # Not what was given, which all are compared with, nor what is complete
-        if trial.number and len(values) < epochs and trial.should_prune():
-            raise optuna.TrialPruned
-
-    value, outcome = None, ""
-    try:
-        run = train.start_run(own)
-        run.after_epoch = watch
-        train.announce(run)
-        watch()
-        for stage in run.args.stages:
-            train.train_stage(run, stage)
-        value = validation(own.out)[-1]
-        outcome = f"validation mAP {100 * value:.1f}"
-    except optuna.TrialPruned:
-        outcome = "stopped, its validation is below the median"
-    except train.Diverged as error:
-        trial.set_user_attr("end", "diverged")
-        outcome = str(error)
-    except runtime.Stopped as stopped:
-        text = f"{args.out}: stopped in trial {trial.number}; the same command continues"
-        raise runtime.Stopped(stopped.code - 128, text) from None
-    print(f"trial {trial.number}: {outcome}", flush=True)
-    finish(study, args, trial, value)
-
-
-# --- results
-
-
-def records(study) -> list[dict]:
-    """The trials as trials.json holds them, the best first."""
-    rows = [
-        {
-            "trial": trial.number,
-            "validation_mAP": trial.value,
-            "state": trial.user_attrs.get("end", trial.state.name.lower()),
-            "values": trial.user_attrs.get("values", {}),
-            "curve": list(trial.intermediate_values.values()),
-            "options": trial.user_attrs.get("options", []),
-        }
-        for trial in study.trials
-    ]
-    return sorted(rows, key=lambda row: (row["state"] != "complete", -(row["validation_mAP"] or 0)))
-
-
-def report(study, args: argparse.Namespace, common: list[str], space: dict[str, float]) -> None:
-    """Print the table of the trials and the best one's command."""
-    rows = records(study)
-    lines = [["trial", "validation mAP %", "epochs", "state", *space]]
-    for row in rows:
-        value = "-" if row["validation_mAP"] is None else f"{100 * row['validation_mAP']:.1f}"
-        cells = row["trial"], value, len(row["curve"]), row["state"]
-        lines.append([str(cell) for cell in (*cells, *map(row["values"].get, space))])
-    print(f"\n{runtime.markdown(lines)}\n")
-    best = rows[0]
-    if best["state"] != "complete":
-        print(f"{args.out}: no trial is complete yet")
+def report(study, args: argparse.Namespace, common: list[str]) -> None:
+    """Print the best trial's commands."""
+    print(f"\n{args.out / 'trials.json'}: all trials, the best first")
+    if not study.best_trials:
+        print("No trial is complete yet.")
         return
-    checkpoint = folder(args, best["trial"]) / "last.pt"
-    print(f"best: trial {best['trial']}, validation mAP {100 * best['validation_mAP']:.1f}")
-    print(f"its model on the test split: python evaluate.py {shlex.quote(str(checkpoint))}")
-    print("the same from the start (without --val-ids on all identities), then the test:")
-    words = [*common, *best["options"], "--out", str(args.out / "best")]
+    best = study.best_trial
+    checkpoint = folder(args, best.number) / "last.pt"
+    print(
+        f"Trial {best.number} is best, with a validation mAP of {100 * best.value:.1f}. To test it:"
+    )
+    print(f"python evaluate.py {shlex.quote(str(checkpoint))}")
+    print("To train with its settings and test (leave --val-ids out to train on all identities):")
+    words = [*common, *best.user_attrs["options"], "--out", str(args.out / "best")]
     print(f"python train.py {shlex.join(words)}")
 
 
@@ -274,26 +222,25 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     """The search's own options, and train.py's for all trials."""
     parser = runtime.Parser(__doc__, prog="python -m extras.tune")
     add = parser.add_argument
-    text = "in all, over all processes and calls"
-    add("--trials", type=whole(1), default=30, metavar="N", help=text)
-    text = "training identities to hold out, on which trials are compared"
-    add("--val-ids", type=whole(2), default=20, metavar="N", help=text)
+    text = "number of trials in all, over all processes and calls"
+    add("--trials", type=whole(1), default=30, help=text)
+    text = "number of training identities to hold out, on which the trials are compared"
+    add("--val-ids", type=whole(2), default=20, help=text)
     add("--out", type=Path, default=Path("runs/tune"), metavar="DIR", help="folder to write")
     args, common = parser.parse_known_args()
     if "RANK" in os.environ:
         raise UserError(
-            "a trial is trained by one process: leave torchrun out, and start the command as often"
-            " as trials shall run at once"
+            "one process trains a trial: start this program several times, not torchrun"
         )
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("the search needs optuna, which is not installed: pip install optuna")
+    if optuna is None:
+        raise UserError("the search needs optuna: pip install optuna")
     return args, [*common, "--val-ids", str(args.val_ids)]
 
 
 def check(base: argparse.Namespace) -> None:
     """Refuse mistakes in what all trials share, before anything is written."""
     if not any(stage.epochs for stage in base.stages):
-        raise UserError("--epochs 0 0: no epoch to validate after; expected at least one")
+        raise UserError("--epochs 0 0: expected at least one epoch, after which to validate")
     dataset, _ = train.load_splits(base)
     model = build_model(train.model_config(base, dataset))
     if base.backbone_weights != "none":
@@ -306,15 +253,15 @@ def main() -> None:
     base = options.parse([*common, "--out", str(args.out)])
     check(base)
     space = searched(base)
-    study = open_study(args.out, common, sum(stage.epochs for stage in base.stages), space)
+    study = open_study(args.out, common, space)
     while claimed := claim(study, args, base, space):
         trial, held = claimed
         out = ["--out", str(folder(args, trial.number)), "--resume"]
         words = [*common, *trial.user_attrs["options"], *out]
         print(f"\ntrial {trial.number}: python train.py {shlex.join(words)}", flush=True)
         with held:
-            train_trial(study, args, trial, words)
-    report(study, args, common, space)
+            finish(study, args, trial, train_trial(args, trial, words))
+    report(study, args, common)
 
 
 if __name__ == "__main__":

@@ -35,39 +35,34 @@ def photos(tiny_data, tmp_path):
     return tmp_path / "photos", gallery
 
 
-def words(folder, name) -> list[str]:
-    return [f"{m}={folder}/{m}/{name}.png" for m in ("tir", "rgb")]
-
-
 def test_from_photos_to_results(checkpoint, photos, tmp_path):
     folder, gallery = photos
     npz, run = tmp_path / "gallery.npz", checkpoint.parent
     out = succeeds(search, run, "index", folder, "--out", npz, *FP32)
     assert "48 samples (48 with rgb, 0 with nir, 36 with tir)" in out
     arrays = np.load(npz)
-    names, expected = arrays["names"].tolist(), load(checkpoint).embed(gallery).numpy()
-    assert arrays["features"].dtype == np.float32
-    order = [int(name[-3:]) for name in names]  # as the gallery numbers them
-    complete = [i for i in range(48) if i % 4]
-    of_name = dict(zip(order, arrays["features"], strict=True))
-    for i in complete:
-        np.testing.assert_allclose(of_name[i], expected[i], atol=1e-5)
-    asked = [names[order.index(5)], names[order.index(7)]]
+    names, features = arrays["names"].tolist(), arrays["features"]
+    expected = load(checkpoint).embed(gallery).numpy()
+    assert features.dtype == np.float32
+    index_of = {int(name[-3:]): i for i, name in enumerate(names)}  # as the gallery numbers them
+    for number, i in index_of.items():
+        if number % 4:  # complete
+            np.testing.assert_allclose(features[i], expected[number], atol=1e-5)
+    asked = {number: names[index_of[number]] for number in (5, 7)}
+    words = [f"{m}={folder}/{m}/{name}.png" for name in asked.values() for m in ("tir", "rgb")]
     flags = ("--top", 3, "--json", tmp_path / "x.json", "--picture", tmp_path / "x.png", *FP32)
-    queries = [word for name in asked for word in words(folder, name)]
-    printed = succeeds(search, run, "query", npz, *queries, *flags, "--threshold", 0.9999)
-    found = read_json(tmp_path / "x.json")["queries"]
-    assert printed.count("rank  similarity") == 2
+    printed = succeeds(search, run, "query", npz, *words, *flags, "--threshold", 0.9999)
     assert Image.open(tmp_path / "x.png").width > 300
-    for answer, i, name in zip(found, (5, 7), asked, strict=True):
+    answers = read_json(tmp_path / "x.json")["queries"]
+    for answer, (number, name) in zip(answers, asked.items(), strict=True):
         best = answer["best"]
         assert best[0]["name"] == name
         assert best[0]["files"]["tir"] == str(folder / "tir" / f"{name}.png")
-        similarity = np.sort(arrays["features"] @ expected[i])[::-1]
+        similarity = np.sort(features @ expected[number])[::-1]
         assert [x["similarity"] for x in best] == pytest.approx(similarity[:3], abs=1e-5)
+        assert [x["match"] for x in best] == [x["similarity"] >= 0.9999 for x in best]
         assert answer["matches"] == sum(similarity >= 0.9999)
         assert f"   1       1.000  match  {name}" in printed
-        assert [x["match"] for x in best] == [x["similarity"] >= 0.9999 for x in best]
 
 
 def test_what_lies_among_photos_stops_nothing(checkpoint, tmp_path, capfd):
@@ -95,7 +90,7 @@ def test_what_lies_among_photos_stops_nothing(checkpoint, tmp_path, capfd):
     assert len(features) == 3
     torch.testing.assert_close(features[2:], embedder({"nir": folder / "nir/b.JPG"}))
     lines = capfd.readouterr().err.splitlines()
-    assert "4 files or folders were not taken" in lines[0]
+    assert "4 files or folders are left out" in lines[0]
     for line, name in zip(sorted(lines[1:4]), ("rgb/a/2", "rgb/deep", "tir/a/3"), strict=True):
         assert f"{name}.png: " in line
     assert "3 photos could not be read and are left out" in lines[4]
@@ -108,42 +103,42 @@ def test_what_lies_among_photos_stops_nothing(checkpoint, tmp_path, capfd):
     assert picture.exists()
 
 
-def test_a_threshold_of_verify_is_found(checkpoint, photos, tmp_path):
-    folder, npz = photos[0] / "rgb", tmp_path / "g.npz"
+@pytest.fixture
+def gallery(checkpoint, photos, tmp_path):
+    """The query of one RGB photo: `query`, gallery, photo."""
+    npz = tmp_path / "gallery.npz"
     succeeds(search, checkpoint, "index", photos[0], "--out", npz)
+    return "query", npz, f"rgb={next((photos[0] / 'rgb').rglob('*.png'))}"
+
+
+def test_a_threshold_of_verify_is_found(checkpoint, gallery):
     chosen = {"threshold": 0.5, "modalities": ["rgb", "nir", "tir"]}
     chosen["checkpoint"] = runtime.fingerprint(checkpoint)
     runtime.write_json(search.threshold_file(checkpoint.parent), chosen)
-    query = ("query", npz, f"rgb={next(folder.rglob('*.png'))}")
-    out = succeeds(search, checkpoint, *query, "--threshold")
-    assert "similarity of 0.5000 or more" in out
-    assert "the threshold is for samples of rgb, nir, tir; for others" in out
-    assert "match" not in succeeds(search, checkpoint, *query)
+    out = succeeds(search, checkpoint, *gallery, "--threshold")
+    assert "similarity of at least 0.5000" in out
+    assert "The threshold is for samples with rgb, nir, tir; here some lack one" in out
+    assert "match" not in succeeds(search, checkpoint, *gallery)
 
 
-def test_mistakes_give_one_line(checkpoint, photos, tmp_path):
-    folder, npz = photos[0], tmp_path / "gallery.npz"
+def test_mistakes_give_one_line(checkpoint, gallery, photos, tmp_path):
+    query, npz, photo = gallery
     (tmp_path / "empty").mkdir()
-    image = f"rgb={next((folder / 'rgb').rglob('*.png'))}"
-    arrays = {"names": ["a"], "files": [["a"]], "modalities": ["rgb"]}
-    own = runtime.fingerprint(checkpoint)
-    np.savez(tmp_path / "narrow.npz", features=np.zeros((1, 3)), model=own, **arrays)
-    np.savez(tmp_path / "other.npz", features=np.zeros((1, 24)), model="0", **arrays)
+    arrays = {name: ["a"] for name in ("features", "names", "files", "modalities")}
+    np.savez(tmp_path / "other.npz", model="0", **arrays)
     np.savez(tmp_path / "pickle.npz", features=np.array([{}], dtype=object))
-    succeeds(search, checkpoint, "index", folder, "--out", npz)
     for argv, message in (
-        (("index", tmp_path / "empty"), "no images; expected"),
-        (("index", tmp_path / "none"), "no images; expected"),
-        (("index", folder, "--out", tmp_path / "x.txt"), "expected a file name that ends in .npz"),
-        (("query", tmp_path / "x.npz", image), "x.npz: no such file; make it by"),
-        (("query", tmp_path / "narrow.npz", image), "was embedded by another model"),
-        (("query", tmp_path / "other.npz", image), "was embedded by another model"),
-        (("query", tmp_path / "pickle.npz", image), "not a gallery"),
-        (("query", checkpoint, image), "not a gallery"),
-        (("query", npz, image, "--top", 0), "expected a whole number of at least 1, not 0"),
-        (("query", npz, image, "--picture", tmp_path / "x.xyz"), "ends in .png"),
-        (("query", npz, "uv=a.png"), "expected some of rgb=FILE nir=FILE tir=FILE"),
-        (("query", npz, image[4:]), "expected some of rgb=FILE"),
-        (("query", npz, f"rgb={tmp_path}/none.png"), "none.png"),
+        (("index", tmp_path / "empty"), "has no photos; expected"),
+        (("index", tmp_path / "none"), "No such file or directory"),
+        (("index", photos[0], "--out", tmp_path / "x.txt"), "a file name that ends in .npz"),
+        ((query, tmp_path / "x.npz", photo), "No such file or directory"),
+        ((query, tmp_path / "other.npz", photo), "was embedded by another model"),
+        ((query, tmp_path / "pickle.npz", photo), "expected a file that extras.search index wrote"),
+        ((query, checkpoint, photo), "expected a file that extras.search index wrote"),
+        ((query, npz, photo, "--top", 0), "expected a whole number of at least 1, not 0"),
+        ((query, npz, photo, "--picture", tmp_path / "x.xyz"), "ends in .png"),
+        ((query, npz, "uv=a.png"), "expected one of rgb=FILE, nir=FILE, tir=FILE"),
+        ((query, npz, photo[4:]), "expected one of rgb=FILE, nir=FILE, tir=FILE"),
+        ((query, npz, f"rgb={tmp_path}/none.png"), "none.png"),
     ):
         assert message in fails(search, checkpoint, *argv)
