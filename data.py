@@ -896,7 +896,7 @@ class Normalise:
 def add_options(parser, trained: bool = False) -> None:
     """The options of data; `trained`: their defaults are those of a checkpoint's training."""
     add, default = parser.add_argument, " (default: as in training)" if trained else ""
-    text = f"train.py renders the synthetic set where it is absent{default}"
+    text = f"data set{default or '; train.py renders the synthetic one if it is absent'}"
     add("--dataset", default=None if trained else "synthetic", choices=DATASETS, help=text)
     text = f"the data set's folder or its parent; of csv, the file{default}"
     add("--data-root", metavar="PATH", default=None if trained else "data", help=text)

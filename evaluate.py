@@ -219,7 +219,7 @@ class Embedder:
         """Embeddings (N, D) of photos: {modality: file, PIL image or uint8 tensor (3, H, W)} each.
 
         Products of embeddings are cosines. Photos may lack modalities. Raises UserError for a file
-        that is no image, ValueError for a modality that the model does not have.
+        that is no image, and for a modality that the model does not have.
         """
         photos = [photos] if isinstance(photos, dict) else photos
         photos = [self.model.ordered(photo) for photo in photos]

@@ -146,7 +146,7 @@ class GraFTLoss(nn.Module):
         return {"loss": loss, **terms}
 
     def of_modalities(self, embeddings: Embeddings, labels: Tensor, rank_sizes=()) -> Tensor:
-        """Mean of triplet loss and cross-entropy on each modality's own tokens; ours."""
+        """alpha * triplet + gamma * cross-entropy on each modality's tokens, their mean; ours."""
         losses = []
         for modality, fusion in embeddings.fusion_of.items():
             logits = self.heads[modality](fusion[: len(labels)])

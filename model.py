@@ -92,7 +92,7 @@ class Backbone(nn.Module):
     mean_std: tuple | None = None  # three floats each, where the weights demand a normalisation
 
     def freeze(self, frozen: bool) -> None:
-        """Without gradients torch keeps no graph of it, so stage 1 costs what the encoders cost."""
+        """Train it, or not: then in eval mode, without gradients, and no graph of it is kept."""
         self.frozen = frozen
         self.requires_grad_(not frozen)
 
@@ -181,9 +181,9 @@ class ViT(Backbone):
                 grid = (image_size[0] // P, image_size[1] // P)
             state["pos_embed"] = resize_pos_embed(positions, prefix, grid, self.grid)
         M = self.patch_embed.proj.in_channels // 3
-        if M > 1 and "patch_embed.proj.weight" in state:
+        weight = state.get("patch_embed.proj.weight")  # (D, 3, P, P)
+        if M > 1 and weight is not None and weight.shape[1] == 3:
             # Early fusion stacks M modalities as channels: each starts with its share of the weight
-            weight = state["patch_embed.proj.weight"]  # (D, 3, P, P)
             state["patch_embed.proj.weight"] = weight.repeat(1, M, 1, 1) / M
         return load_strictly(self, state, path, heads=("head.", "head_dist."))
 
@@ -417,7 +417,7 @@ def build_model(config: GraFTConfig) -> MultiModalModel:
     if config.fusion not in FUSIONS:
         expected = ", ".join(FUSIONS)
         raise UserError(f"fusion {config.fusion!r}: expected one of {expected}")
-    # Baselines are made of this file's parts; HAMNet and timm's backbones are optional
+    # By name, since baselines and HAMNet import this file
     return runtime.imported(FUSIONS[config.fusion])(config)
 
 

@@ -151,10 +151,11 @@ def make_parser() -> runtime.Parser:
     """Every option once: default, range, meaning, and where the default is from (else: ours)."""
     parser = runtime.Parser(
         "Train GraFT in two stages (section 4.1) and evaluate it. Two values are for stage 1 and"
-        " stage 2;\none value is for both. Values of the paper are marked by its section.",
+        " stage 2;\none value is for both. A text names the paper's section that an option is from;"
+        " the defaults shown\nare those of the --dataset and --recipe given before --help.",
         prog="train.py",
     )
-    text = "plus: ours, of known re-ID techniques; own: for photos of your own, no GPU needed"
+    text = "plus: our own, of known re-ID techniques; own: for photos of your own, without a GPU"
     parser.add_argument("--recipe", choices=("paper", "plus", "own"), default="paper", help=text)
     add_data_options(parser.add_argument_group("data"))
     add_model_options(parser.add_argument_group("model"))
@@ -171,13 +172,13 @@ def add_data_options(group) -> None:
     text = "mean and std: the data set's own (published code), or ImageNet's"
     add("--normalise", choices=("dataset", "imagenet"), default="dataset", help=text)
     add("--positives", type=whole(1), default=8, help="positives per anchor and epoch; paper, 5.2")
-    text = "probability of a horizontal and of a vertical flip; paper, 5.2, without numbers"
+    text = "probability of a horizontal and of a vertical flip (paper, 5.2, without numbers)"
     pair("--flips", type=real(0, 1), default=(0.5, 0.5), help=text)
     add("--erase", type=real(0, 1), default=0.5, help="probability of erasing; published code")
     add("--pad", type=whole(0, 1024), default=0, help="pad by N pixels, then crop at random")
     text = "hold out N training identities, and evaluate on them after each epoch"
     add("--val-ids", type=whole(0), default=0, help=text)
-    text = "reading threads of a rank (default: its cores, at most 8)"
+    text = "reading threads per process (default: one per core, at most 8)"
     add("--workers", type=whole(0), help=text)
 
 
@@ -185,12 +186,17 @@ def add_model_options(group) -> None:
     add, pair = group.add_argument, partial(group.add_argument, action=Pair)
     text = "deit-b (paper, 3.2), small, any ViT of timm as timm:NAME; resnet18 or resnet50 (HAMNet)"
     add("--backbone", default="deit-b", metavar="NAME", help=text)
-    text = "FILE, pretrained (download the released weights; paper, 3.2) or none (random)"
+    text = "a file, a run's folder, pretrained (download the release; paper, 3.2) or none (random)"
     add("--backbone-weights", default="pretrained", metavar="FILE", help=text)
     add("--fusion", choices=FUSIONS, default="graft", help="GraFT, or a baseline of the tables")
-    add("--fusion-tokens", type=whole(1, 1000), default=1, help="how many GraFT has; paper, 5.2")
+    add(
+        "--fusion-tokens",
+        type=whole(1, 1000),
+        default=1,
+        help="number of fusion tokens; paper, 5.2",
+    )
     add("--data-token", type=whole(0), default=0, help="index of GraFT's data token, Eq. (11)")
-    text = "share of patches that a step leaves out"
+    text = "share of the patches that a training step leaves out"
     pair("--patch-dropout", type=real(0, 0.95), default=(0.0, 0.0), help=text)
 
 
@@ -198,47 +204,54 @@ def add_loss_options(group) -> None:
     add, pair = group.add_argument, partial(group.add_argument, action=Pair)
     text = (
         "tokens of anchor, positive and negative (paper, 4.3; default: FFD, baselines FFF), or"
-        " hardest: batch-hard triplets, 6 samples per identity"
+        " hardest: batch-hard triplets, several samples per identity"
     )
     add("--triplet", choices=(*SCHEMES, "hardest"), help=text)
-    add("--plain-distance", action="store_true", help="not squared in Eq. (8); published code")
-    text = "samples that the cross-entropy sees; paper, 3.4"
+    add(
+        "--plain-distance",
+        action="store_true",
+        help="use plain, not squared distances in Eq. (8), as the published code",
+    )
+    text = "classify the anchors alone (paper, 3.4), or all samples"
     add("--cross-entropy", choices=("anchors", "all"), default="anchors", help=text)
     text = "weight of triplet loss and cross-entropy on each modality's own tokens"
     add("--modality-losses", type=real(0), default=0.0, help=text)
     add("--alpha", type=real(0), default=0.5, help="weight of the triplet loss; paper, 4.2")
-    pair("--beta", type=real(0), default=(0.0, 0.0005), help="weight of the center loss; paper, D2")
+    pair(
+        "--beta", type=real(0), default=(0.0, 0.0005), help="weight of the center loss; paper, 4.2"
+    )
     add("--gamma", type=real(0), default=0.5, help="weight of the cross-entropy; paper, 4.2")
     pair(
         "--label-smoothing",
         type=real(0, 1),
         default=(0.0, 0.1),
-        help="of cross-entropy; paper, 5.2",
+        help="of the cross-entropy; paper, 5.2",
     )
 
 
 def add_optimisation_options(group) -> None:
     add, pair = group.add_argument, partial(group.add_argument, action=Pair)
     pair(
-        "--frozen", choices=("yes", "no"), default=("yes", "no"), help="freeze backbone; paper, 4.1"
+        "--frozen",
+        choices=("yes", "no"),
+        default=("yes", "no"),
+        help="freeze the backbone; paper, 4.1",
     )
-    pair("--epochs", type=whole(0), default=(40, 60), help="0 skips the stage; published code")
+    pair("--epochs", type=whole(0, 999), default=(40, 60), help="0 skips a stage; published code")
     pair(
         "--epoch-steps",
         type=whole(0),
         default=(0, 0),
-        help="end epochs after N steps; 0: all steps",
+        help="end an epoch after N steps; 0: after all triplets",
     )
     text = "triplets of a step, over all ranks; paper, 5.2: 8 x 26"
     add("--batch-size", type=whole(1), default=208, help=text)
-    text = "triplets that a rank takes at once; a larger share is taken in several passes"
+    text = "triplets that a GPU takes at once; a larger share is taken in several passes"
     add("--per-pass", type=whole(1), default=26, help=text)
-    pair(
-        "--lr", type=real(0), default=(2.54e-5, 5e-6), help="peak rate; published code; paper, 5.2"
-    )
-    pair("--backbone-lr", type=real(0), default=(None, None), help="peak rate (default: as --lr)")
+    pair("--lr", type=real(0), default=(2.54e-5, 5e-6), help="peak learning rate; paper, 5.2")
+    pair("--backbone-lr", type=real(0), default=(None, None), help="the backbone's (default: --lr)")
     pair("--weight-decay", type=real(0), default=(0.05, 0.0013), help="AdamW's; published code")
-    text = "sqrt: warm-up, square-root decay, cool-down (paper, 5.2); steps: HAMNet's"
+    text = "sqrt: warm-up, square-root decay, cool-down (paper, 5.2); steps: step decay of HAMNet"
     pair("--schedule", choices=SCHEDULES, default=("sqrt", "constant"), help=text)
     text = "steps of warm-up, in all schedules but constant; published code"
     add("--warmup-steps", type=whole(0), default=500, help=text)
@@ -288,7 +301,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-# What may be given anew when a run is resumed. Another kind of device rounds differently
+# What may be given anew when a run is resumed, although another kind of device rounds differently
 FREE = {"device", "workers", "store", "data_root", "out", "resume", "deterministic"}
 
 
@@ -310,7 +323,8 @@ def resumed(args: argparse.Namespace, stored: dict) -> argparse.Namespace:
     if stored.get("slip") != getattr(args, "slip", None):  # of experiments.published
         raise UserError(f"{args.out}: the run was trained with another slip; choose another --out")
     changed = {name: getattr(args, name) for name in FREE if name in args.typed}
-    return complete(argparse.Namespace(**{**stored, **changed, "out": args.out}))
+    settings = {**vars(from_checkpoint(stored)), **changed, "out": args.out}
+    return complete(argparse.Namespace(**settings))
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -389,5 +403,7 @@ def check_combinations(args: argparse.Namespace) -> None:
 
 def from_checkpoint(stored: dict) -> argparse.Namespace:
     """Settings in a checkpoint as `parse` gives them; what an older version lacked is default."""
-    newest = parse(["--dataset", stored.get("dataset", "synthetic")])
+    chosen = {"dataset": "synthetic", "recipe": "paper", "fusion": "graft"}
+    words = [[f"--{name}", stored.get(name, default)] for name, default in chosen.items()]
+    newest = parse([word for pair in words for word in pair])
     return complete(argparse.Namespace(**{**vars(newest), **stored}))

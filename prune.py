@@ -207,8 +207,8 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
     for split in (dataset.train, dataset.query, dataset.gallery):
         split.open()
     run.checkpoint_path = None  # a round is saved when it is over
-    run.open_out(pruning.log_size, resumed)
     run.criterion.load_state_dict(checkpoint["criterion"])
+    run.open_out(pruning.log_size, resumed)
     return run, pruning
 
 

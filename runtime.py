@@ -69,15 +69,20 @@ def program(main):
             sys.stdout.flush()
         # A thread that reads an image may be inside a torch kernel, where Python's own exit would
         # abort the program, or wait for a disk that hangs, for which it would wait for ever
-        readers = [thread for thread in threading.enumerate() if isinstance(thread, DummyProcess)]
-        for reader in readers:
-            reader.join(10)
-        if any(reader.is_alive() for reader in readers):
+        if not readers_ended():
             sys.stderr.flush()
             os._exit(code)
         sys.exit(code)
 
     return guarded
+
+
+def readers_ended() -> bool:
+    """Wait at most ten seconds for each thread of data.ahead; returns whether all have ended."""
+    readers = [thread for thread in threading.enumerate() if isinstance(thread, DummyProcess)]
+    for reader in readers:
+        reader.join(10)
+    return not any(reader.is_alive() for reader in readers)
 
 
 def _exit_code(main, *args) -> int:
@@ -197,7 +202,7 @@ def add_device_options(parser: argparse.ArgumentParser, precision: str | None = 
     """--device and --precision; with `precision` None the default is the checkpoint's."""
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     default = "" if precision else " (default: as in training)"
-    text = f"auto is bf16 where the hardware multiplies it fast, else fp32{default}"
+    text = f"auto: bf16 if the hardware is fast at it, else fp32 (on GPUs TF32){default}"
     choices = ("auto", "bf16", "fp32")
     parser.add_argument("--precision", default=precision, choices=choices, help=text)
 

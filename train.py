@@ -99,7 +99,7 @@ class Objective(nn.Module):
 
 
 def on_all_ranks(objective: Objective) -> nn.Module:
-    """The objective, whose gradients become means over the ranks; nothing else is sent."""
+    """The objective, whose gradients become means over the ranks; a step sends nothing else."""
     if runtime.world_size() == 1:
         return objective
     # Buffers need no sending: BatchNorm's are computed from all ranks' samples, and masks never
@@ -246,8 +246,8 @@ class Progress:
     """Position in training, and sums of the losses for the epoch's line and for the log's."""
 
     stage: int = 1
-    epoch: int = 0  # whole ones
-    step: int = 0  # of the next epoch
+    epoch: int = 0  # epochs that are done
+    step: int = 0  # steps that are done of the epoch after them
     epoch_sums: dict[str, float] = field(default_factory=dict)
     log_sums: dict[str, float] = field(default_factory=dict)
     log_steps: int = 0
@@ -291,6 +291,7 @@ class Run:
         self.criterion.modality_weight, self.criterion.margin = args.modality_losses, args.margin
         self.progress, self.stored_optimizer = Progress(), None
         self.shown = time.perf_counter()  # the last line of progress
+        self.within_step = False  # some of its passes are done
         self.checkpoint_path: Path | None = args.out / "last.pt"
         self.log = None
 
@@ -320,7 +321,7 @@ class Run:
         )
 
     def describe(self) -> dict:
-        """What a checkpoint says of the model besides its weights."""
+        """All that a checkpoint holds but the model's weights and the position in training."""
         return {
             "config": asdict(self.model.config),
             "pids": self.batches.label_pids.tolist(),
@@ -380,7 +381,7 @@ def train_stage(run: Run, stage: Stage) -> None:
     """Train what is left of a stage after run.progress, and save after each epoch.
 
     Raises Diverged where a loss or gradient is not finite, before it touches a weight, and Stopped
-    on a signal, when the step is finished and saved.
+    on a signal: when the step is finished and saved, or at once where images do not arrive.
     """
     if stage.number > run.progress.stage:
         # A new stage has a new optimizer, also in a resumed run; see D11
@@ -393,8 +394,10 @@ def train_stage(run: Run, stage: Stage) -> None:
     while progress.epoch < stage.epochs:
         try:
             train_epoch(run, stage, parallel, optimizer)
-        except runtime.Stopped:  # while waiting for images: between steps, where all is consistent
-            if runtime.world_size() == 1:
+        except runtime.Stopped:  # while waiting for images
+            # Within a step BatchNorm has moved, and ranks may have done different steps: then the
+            # end of the epoch before is what --resume finds
+            if runtime.world_size() == 1 and not run.within_step:
                 run.save(optimizer)
             raise
         run.save(optimizer)
@@ -421,6 +424,7 @@ def train_epoch(run: Run, stage: Stage, parallel: nn.Module, optimizer) -> None:
                 with nullcontext() if alone else parallel.no_sync():
                     losses = parallel(batch.images, batch.labels, batch.rank_sizes)
                     (losses["loss"] * batch.weight).backward()
+                run.within_step = True
                 for term, value in losses.items():
                     sums[term] = sums.get(term, 0) + value.detach() * batch.weight
             means, stop = mean_over_ranks(sums, optimizer)
@@ -429,6 +433,7 @@ def train_epoch(run: Run, stage: Stage, parallel: nn.Module, optimizer) -> None:
             optimizer.step()
             optimizer.zero_grad()
             progress.add(means)
+            run.within_step = False
             log_step(run, stage, rate)
             seconds = (time.perf_counter() - began) / (progress.step - first)
             show_step(run, stage, bar, f"{name}, step {progress.step} of {total}", seconds)
@@ -567,7 +572,9 @@ def diverged(run: Run, stage: Stage, means: dict[str, float]) -> Diverged:
 def stopped(run: Run, stage: Stage) -> runtime.Stopped:
     """The exception that ends a run on a signal, which another rank may have had."""
     step, steps = run.progress.step, run.batches.num_steps(stage)
-    where = f"{stage.name}, epoch {run.progress.epoch + 1}, step {step} of {steps}"
+    where = f"{stage.name}, epoch {run.progress.epoch}"
+    if step:
+        where = f"{stage.name}, epoch {run.progress.epoch + 1}, step {step} of {steps}"
     text = f"stopped after {where}: continue with --resume --out {run.args.out}"
     return runtime.Stopped(runtime.noted_signal() or signal.SIGTERM, text)
 
@@ -609,9 +616,9 @@ def start_run(args: argparse.Namespace) -> Run:
     run = Run(args, device, dataset, model, validation)
     for split in (dataset.train, dataset.query, dataset.gallery, *(validation or ())):
         split.open()
-    run.open_out(checkpoint["progress"]["log_size"] if checkpoint else 0, bool(checkpoint))
     if checkpoint:
         run.load(checkpoint)
+    run.open_out(checkpoint["progress"]["log_size"] if checkpoint else 0, bool(checkpoint))
     return run
 
 

@@ -240,7 +240,9 @@ def parse() -> argparse.Namespace:
     command = commands.add_parser("index", parents=[common], help=text)
     text = "folder that holds a folder of photos for each modality"
     command.add_argument("folder", metavar="FOLDER", type=Path, help=text)
-    command.add_argument("--out", type=Path, default=Path("gallery.npz"), help="file to write")
+    command.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("gallery.npz"), help="file to write"
+    )
     command.set_defaults(run=index)
     command = commands.add_parser(
         "query", parents=[common], help="search among the embedded photos"

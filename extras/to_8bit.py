@@ -89,6 +89,7 @@ def main() -> None:
         reduced = sum(data.in_threads(copy, list(files), "copying"))
         unfinished.rename(args.out)
     finally:
+        runtime.readers_ended()  # or one of them would write into the folder after it is removed
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{args.out}: {len(files)} files, of which {reduced} were reduced to 8 bits")
 

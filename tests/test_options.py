@@ -101,7 +101,7 @@ def test_the_help_shows_the_recipes_defaults(words, defaults):
         ("--lr nan 1", "--lr: expected a number of at least 0, not nan"),
         ("--lr 1 inf", "--lr: expected a number of at least 0, not inf"),
         ("--lr 1 2 3", "--lr: expected one or two values, not 3"),
-        ("--epochs 1.5 1", "--epochs: expected a whole number of at least 0, not 1.5"),
+        ("--epochs 1.5 1", "--epochs: expected a whole number from 0 to 999, not 1.5"),
         ("--image-size 0 64", "--image-size: expected a whole number from 1 to 4096, not 0"),
         (f"--seed {10**30}", "--seed: expected a whole number of at least 0, not 1000"),
         ("--modalities rgb,rgb", "--modalities: expected different names"),
