@@ -270,14 +270,14 @@ def parse(argv: list[str] | None = None) -> Namespace:
     text = "remove whole heads and MLP channels, which leaves a smaller, faster, dense model"
     add("--structured", **flag, help=text)
     add("--half", **flag, help="store the pruned models in half precision")
-    text = "pruning rounds per target; published code: up to 30 (default: 3)"
+    text = "pruning rounds per target; an earlier published version: up to 30 (default: 3)"
     add("--rounds", metavar="N", type=whole(1), help=text)
-    text = "epochs of finetuning after each round; published code: 9 (default: 1)"
+    text = "epochs of finetuning after each round; an earlier published version: 9 (default: 1)"
     add("--finetune-epochs", metavar="N", type=whole(0), help=text)
     add("--epoch-steps", metavar="N", type=whole(0), help="end each epoch after N steps")
-    text = "rate of finetuning; published code: 2e-6 (default: stage 2's, as all other settings)"
+    text = "rate of finetuning; an earlier published version: 2e-6 (default: stage 2's)"
     add("--lr", metavar="LR", type=real(0), help=text)
-    text = "schedule of finetuning; published code: cosine (default: stage 2's)"
+    text = "schedule of finetuning; an earlier published version: cosine (default: stage 2's)"
     add("--schedule", choices=options.SCHEDULES, help=text)
     add("--seed", metavar="N", type=whole(0), help="random seed (default: 0)")
     add("--data-root", metavar="PATH", help="the data set (default: as in training)")
