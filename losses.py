@@ -113,6 +113,9 @@ class GraFTLoss(nn.Module):
         modalities: tuple[str, ...] = (),
     ):
         super().__init__()
+        if scheme not in (*SCHEMES, "hardest"):
+            expected = ", ".join((*SCHEMES, "hardest"))
+            raise ValueError(f"triplet scheme {scheme!r}: expected one of {expected}")
         self.scheme, self.squared, self.margin = scheme, squared, None
         self.center = CenterLoss(num_ids, dim)
         heads = {name: nn.Sequential(*new_head(dim, num_ids)) for name in modalities}

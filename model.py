@@ -190,7 +190,7 @@ class ViT(Backbone):
 
 def check_patches(image_size: tuple[int, int], patch_size: int) -> None:
     """Raise UserError for an image size (height, width) that is not whole patches."""
-    if any(side % patch_size for side in image_size):
+    if any(side < patch_size or side % patch_size for side in image_size):
         size = "x".join(map(str, image_size))
         nearest = " ".join(str(max(1, round(n / patch_size)) * patch_size) for n in image_size)
         raise UserError(

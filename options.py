@@ -310,12 +310,13 @@ def resumed(args: argparse.Namespace, stored: dict) -> argparse.Namespace:
 
     Raises UserError where the command line gives another value than the run has.
     """
+    stored = vars(from_checkpoint(stored))  # an option that is newer than the run has its default
     for name in args.typed:
-        value, before = getattr(args, name), stored.get(name)
+        value, before = getattr(args, name), stored[name]
         same = value == before
         if name == "modalities":  # always in the data set's order, however they are typed
             same = set(value) == set(before)
-        if name not in FREE and name in stored and not same:
+        if name not in FREE and not same:
             raise UserError(
                 f"--{name.replace('_', '-')} {value}: the run in {args.out} has {before}; leave"
                 " the option out to continue it, or choose another --out"
@@ -323,7 +324,7 @@ def resumed(args: argparse.Namespace, stored: dict) -> argparse.Namespace:
     if stored.get("slip") != getattr(args, "slip", None):  # of experiments.published
         raise UserError(f"{args.out}: the run was trained with another slip; choose another --out")
     changed = {name: getattr(args, name) for name in FREE if name in args.typed}
-    settings = {**vars(from_checkpoint(stored)), **changed, "out": args.out}
+    settings = {**stored, **changed, "out": args.out}
     return complete(argparse.Namespace(**settings))
 
 

@@ -14,6 +14,7 @@ of the checkpoint.
 
 import argparse
 import json
+import math
 import os
 from collections import defaultdict
 from itertools import islice
@@ -116,7 +117,7 @@ def index(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
 # --- query
 
 
-def read_gallery(path: Path, checkpoint: str) -> dict[str, np.ndarray]:
+def read_gallery(path: Path, checkpoint: str, width: int) -> dict[str, np.ndarray]:
     """The arrays that `index` wrote with this model. Raises UserError for anything else."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -127,6 +128,10 @@ def read_gallery(path: Path, checkpoint: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: {text}") from None
     if model != runtime.fingerprint(checkpoint):
         raise UserError(f"{path}: was embedded by another model; embed the photos again")
+    N, M = gallery["names"].size, gallery["modalities"].size
+    shapes = {name: array.shape for name, array in gallery.items()}
+    if shapes != {"features": (N, width), "names": (N,), "files": (N, M), "modalities": (M,)}:
+        raise UserError(f"{path}: its arrays do not fit one another; embed the photos again")
     return gallery
 
 
@@ -157,9 +162,11 @@ def read_threshold(checkpoint: str | Path) -> tuple[float, list[str]]:
     path = threshold_file(checkpoint)
     try:
         chosen = json.loads(path.read_text())
+        threshold, reason = float(chosen["threshold"]), "it was chosen for another model"
+        if not math.isfinite(threshold):  # with NaN nothing would ever match
+            raise ValueError(f"threshold {threshold}")
         if chosen["checkpoint"] == runtime.fingerprint(checkpoint):
-            return float(chosen["threshold"]), list(chosen["modalities"])
-        reason = "it was chosen for another model"
+            return threshold, list(chosen["modalities"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error)
     command = f"python -m extras.verify {checkpoint} --fmr 1e-2 --calibrate-on DIR"
@@ -172,7 +179,7 @@ def query(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
     runtime.check_output(args.json, "--json")
     runtime.check_output(args.picture, "--picture", (".png", ".jpg", ".jpeg"))
     queries = read_queries(args.images, config.modalities)
-    gallery = read_gallery(args.gallery, args.checkpoint)
+    gallery = read_gallery(args.gallery, args.checkpoint, embedder.model.width)
     if threshold is True:  # given without a value
         threshold, expected = read_threshold(args.checkpoint)
         if (gallery["files"] == "").any() or any(set(q) != set(expected) for q in queries):

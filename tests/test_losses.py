@@ -59,6 +59,11 @@ def embeddings() -> Embeddings:
     return Embeddings(torch.randn(6, 4), torch.randn(6, 4))
 
 
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(ValueError, match="triplet scheme 'FFX': expected one of FFD, "):
+        GraFTLoss(3, 4, "FFX")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_scheme_picks_its_tokens(scheme, embeddings):
     terms = GraFTLoss(3, 4, scheme)(embeddings, torch.zeros(2, 3), torch.tensor([0, 2]))

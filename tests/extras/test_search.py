@@ -119,6 +119,8 @@ def test_a_threshold_of_verify_is_found(checkpoint, gallery):
     assert "similarity of at least 0.5000" in out
     assert "The threshold is for samples with rgb, nir, tir; here some lack one" in out
     assert "match" not in succeeds(search, checkpoint, *gallery)
+    runtime.write_json(search.threshold_file(checkpoint.parent), {**chosen, "threshold": np.nan})
+    assert "holds no threshold of this model" in fails(search, checkpoint, *gallery, "--threshold")
 
 
 def test_mistakes_give_one_line(checkpoint, gallery, photos, tmp_path):
@@ -126,6 +128,7 @@ def test_mistakes_give_one_line(checkpoint, gallery, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     arrays = {name: ["a"] for name in ("features", "names", "files", "modalities")}
     np.savez(tmp_path / "other.npz", model="0", **arrays)
+    np.savez(tmp_path / "cut.npz", model=runtime.fingerprint(checkpoint), **arrays)
     np.savez(tmp_path / "pickle.npz", features=np.array([{}], dtype=object))
     for argv, message in (
         (("index", tmp_path / "empty"), "has no photos; expected"),
@@ -133,6 +136,7 @@ def test_mistakes_give_one_line(checkpoint, gallery, photos, tmp_path):
         (("index", photos[0], "--out", tmp_path / "x.txt"), "a file name that ends in .npz"),
         ((query, tmp_path / "x.npz", photo), "No such file or directory"),
         ((query, tmp_path / "other.npz", photo), "was embedded by another model"),
+        ((query, tmp_path / "cut.npz", photo), "its arrays do not fit one another"),
         ((query, tmp_path / "pickle.npz", photo), "expected a file that extras.search index wrote"),
         ((query, checkpoint, photo), "expected a file that extras.search index wrote"),
         ((query, npz, photo, "--top", 0), "expected a whole number of at least 1, not 0"),
