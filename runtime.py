@@ -290,14 +290,15 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
 
 
-def print0(*args, file=None) -> None:
+def print0(*args, **options) -> None:
     """print, by rank 0 only."""
     if rank() == 0:
-        print(*args, flush=True, file=file)
+        print(*args, flush=True, **options)
 
 
 def warn(message: str) -> None:
-    print0(f"warning: {message}", file=sys.stderr)
+    # With its line's end in one piece: two threads may warn at once
+    print0(f"warning: {message}\n", end="", file=sys.stderr)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What several test files need: a tiny rendered data set, and the programs run as a user would."""
 
+import faulthandler
 import json
 import os
 import shutil
@@ -89,6 +90,7 @@ def _be(program, arguments, files: Path) -> None:
             file = open(f"{files}.{name}", "w", buffering=1)  # noqa: SIM115
             os.dup2(file.fileno(), number)
             setattr(sys, f"std{name}", file)
+        faulthandler.enable(sys.stderr)
         sys.argv = [program.__name__, *map(str, arguments)]
         program.main()
         code = 0
@@ -109,9 +111,8 @@ def _wait(child: int, end: float) -> int:
         if pid:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -signal.SIGALRM  # it hung
+    os.kill(child, signal.SIGABRT)  # it hung: faulthandler says where
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def free_port() -> int:
