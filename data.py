@@ -789,7 +789,7 @@ class IdentitySampler(TripletSampler):
         self.num_ids, rest = divmod(3 * batch_size, samples)
         if rest or not 2 <= self.num_ids <= len(self.groups):
             raise UserError(
-                f"--triplet hardest: --batch-size {batch_size} makes {3 * batch_size} images,"
+                f"batches by identity: --batch-size {batch_size} makes {3 * batch_size} images,"
                 f" {samples} of each of {3 * batch_size / samples:g} identities; expected a whole"
                 f" number of them from 2 to the training data's {len(self.groups)}"
             )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import MultiModalModel, build_model, stored_config
+from model import Embeddings, MultiModalModel, build_model, stored_config
 from runtime import UserError
 
 BATCH_SIZE = 64  # a constant, so that train.py's figures and this program's are the same digits
@@ -121,18 +121,22 @@ class Ranking(NamedTuple):
 def rank_splits(embedder: "Embedder", query: data.Split, gallery: data.Split) -> Ranking:
     """Embed query and gallery, and rank. Raises UserError where no query has a match."""
     check_matches(query, gallery)
-    return rank_features((query, embedder.embed(query)), (gallery, embedder.embed(gallery)))
+    sides = [(split, embedder.embed(split)) for split in (query, gallery)]
+    return rank_features(embedder.model.similarity, *sides)
 
 
 def rank_features(
-    query: tuple[data.Split, Tensor], gallery: tuple[data.Split, Tensor], rerank: bool = False
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    query: tuple[data.Split, Tensor],
+    gallery: tuple[data.Split, Tensor],
+    rerank: bool = False,
 ) -> Ranking:
-    """Rank by the features of both splits, (Q, D) and (G, D), L2-normalised."""
+    """Rank by the model's similarity of both splits' embeddings, (Q, D) and (G, D)."""
     (query, q), (gallery, g) = query, gallery
     if rerank:
-        similarities = runtime.imported("extras.rerank.rerank")(q, g)
+        similarities = runtime.imported("extras.rerank.rerank")(q, g, similarity)
     else:
-        similarities = lambda start, end: q[start:end] @ g.T  # noqa: E731
+        similarities = lambda start, end: similarity(q[start:end], g)  # noqa: E731
     ids = (query.pids, gallery.pids, query.keys, gallery.keys)
     metrics = runtime.by_rank0(lambda: rank_by(similarities, *ids))
     return Ranking(query, gallery, metrics, similarities)
@@ -207,6 +211,9 @@ class Embedder:
             raise UserError(f"--features data: a model with --fusion {fusion} has no data tokens")
         if self.features == "bnneck" and fusion == "hamnet":
             raise UserError("--features bnneck: HAMNet has no BNNeck")
+        if self.features != "bnneck" and fusion.startswith("weighted"):
+            text = f"--features {self.features}: --fusion {fusion} compares behind its BNNecks"
+            raise UserError(f"{text}; expected bnneck")
         self.model = self.model.to(self.device)
         self.workers = runtime.default_workers() if self.workers is None else self.workers
         self.normalise = data.Normalise(self.mean, self.std, self.device)
@@ -218,12 +225,15 @@ class Embedder:
     def __call__(self, photos: dict | list[dict]) -> Tensor:
         """Embeddings (N, D) of photos: {modality: file, PIL image or uint8 tensor (3, H, W)} each.
 
-        Products of embeddings are cosines. Photos may lack modalities. Raises UserError for a file
+        `model.similarity` compares them. Photos may lack modalities. Raises UserError for a file
         that is no image, and for a modality that the model does not have.
         """
         photos = [photos] if isinstance(photos, dict) else photos
         photos = [self.model.ordered(photo) for photo in photos]
-        size, embeddings = self.model.config.image_size, torch.zeros(len(photos), self.model.width)
+        size, embeddings = (
+            self.model.config.image_size,
+            torch.zeros(len(photos), self.model.embedding_width),
+        )
         self.model.eval()
         for indices in batches_alike(photos):
             images = {
@@ -237,34 +247,32 @@ class Embedder:
 
     def embed(self, split: data.Split, flip: bool = False) -> Tensor:
         """The features of a split by which it is ranked, (N, D), in its own order."""
-        return self.for_each(split, lambda images: self.features_of(images, flip))
+        width = self.model.embedding_width
+        return self.for_each(split, width, lambda images: self.features_of(images, flip))
 
     def fusion_tokens(self, split: data.Split) -> Tensor:
         """Fusion tokens as the losses see them, (N, D): not normalised, before the BNNeck."""
-        return self.for_each(split, lambda images: self.model(images).fusion)
+        return self.for_each(split, self.model.width, lambda images: self.model(images).fusion)
 
     def features_of(self, images: dict[str, Tensor], flip: bool = False) -> Tensor:
-        """L2-normalised embeddings (B, D) of normalised images.
-
-        With `flip`, of the mean of the tokens of images and mirror images.
-        """
-        token = "data" if self.features == "data" else "fusion"
-        tokens = getattr(self.model(images), token)
+        """Embeddings (B, D) of normalised images; with `flip`, of the mean of the tokens of images
+        and mirror images."""
+        embeddings = self.model(images)
         if flip:
             mirrored = {modality: image.flip(-1) for modality, image in images.items()}
-            tokens = (tokens + getattr(self.model(mirrored), token)) / 2
-        return F.normalize(self.model.bottleneck(tokens) if self.features == "bnneck" else tokens)
+            embeddings = halfway(embeddings, self.model(mirrored))
+        return self.model.embedding(embeddings, self.features)
 
     @torch.no_grad()
-    def for_each(self, split: data.Split, compute: Callable[[dict], Tensor]) -> Tensor:
-        """`compute` of each sample's normalised images, in eval mode: (N, D), float32, CPU.
+    def for_each(self, split: data.Split, width: int, compute: Callable[[dict], Tensor]) -> Tensor:
+        """`compute` of each sample's normalised images, in eval mode: (N, width), float32, CPU.
 
         Every rank computes its share and gets the whole. Each embedding is stored by its sample's
         index, so neither padding nor order can mix samples up.
         """
         was_training = self.model.training
         self.model.eval()
-        embeddings = torch.zeros(len(split), self.model.width, device=self.device)
+        embeddings = torch.zeros(len(split), width, device=self.device)
         batches = batches_alike([sample.images for sample in split.samples])
         batches = batches[runtime.rank() :: runtime.world_size()]
         with closing(data.read_batches(split, batches, self.workers, self.device)) as reader:
@@ -276,6 +284,12 @@ class Embedder:
                     embeddings[indices] = compute(self.normalise(images))
         self.model.train(was_training)
         return finite(runtime.all_sum(embeddings).cpu())
+
+
+def halfway(a: Embeddings, b: Embeddings) -> Embeddings:
+    """The mean of two batches of embeddings."""
+    of = [{name: (x[name] + y[name]) / 2 for name in x} for x, y in zip(a[2:], b[2:], strict=True)]
+    return Embeddings((a.fusion + b.fusion) / 2, (a.data + b.data) / 2, *of)
 
 
 def read_photo(photo: str | Path | Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
@@ -437,7 +451,7 @@ def evaluate(args: argparse.Namespace) -> None:
     results = {}
     for subset, (query, gallery) in splits.items():
         q, g = embedder.embed(query, args.flip), embedder.embed(gallery, args.flip)
-        ranking = rank_features((query, q), (gallery, g), args.rerank)
+        ranking = rank_features(embedder.model.similarity, (query, q), (gallery, g), args.rerank)
         metrics = results[",".join(subset)] = metrics_dict(embedder.model, ranking)
         name = f"{','.join(subset):<16}" if args.all_subsets else ""
         runtime.print0(name + summary(metrics))

@@ -1,7 +1,7 @@
 """GraFT's losses (section 4): soft-margin triplets over fusion and data tokens, center loss, sum.
 
 A batch holds the anchors of B triplets, then their positives, then their negatives: N = 3B samples.
-With `--triplet hardest` it holds several samples of each of its identities, and roles mean nothing.
+For the losses BY_IDENTITY it holds several samples of each identity, and roles mean nothing.
 Labels are those of the anchors (B,), or with `--cross-entropy all` of all samples (N,).
 
 On several ranks this is one rank's share. A loss is the mean over the share, and train.py weighs
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import runtime
-from model import Embeddings, new_head
+from model import Embeddings
 
 SCHEMES = ("FFD", "FFF", "DDD", "FDD", "DFF", "DFD", "DDF", "FDF")  # Table 8
+BY_IDENTITY = ("hardest", "contrastive")  # take several samples of each of a batch's identities
 
 
 def distance(a: Tensor, b: Tensor, squared: bool) -> Tensor:
@@ -48,9 +49,9 @@ def triplet_hardest(
 ) -> Tensor:
     """The same loss for each sample of a batch, with its farthest positive and nearest negative.
 
-    features (N, D), labels (N,). Not the paper's: Hermans et al. 2017, for `--recipe plus`, and for
-    HAMNet, which takes a hard `margin`: max(0, d(a, p) - d(a, n) + margin). The mean is over the
-    samples that have a positive and a negative in the batch.
+    features (N, D), labels (N,). Not the paper's: Hermans et al. 2017. HAMNet takes a hard
+    `margin`: max(0, d(a, p) - d(a, n) + margin). The mean is over the samples that have a positive
+    and a negative in the batch.
     """
     features = features.float()
     # Not by matrix products: they lose the small distances, and their gradient at 0 is NaN
@@ -99,27 +100,18 @@ class GraFTLoss(nn.Module):
     """The total loss, Eq. (10): alpha * triplet + beta * center + gamma * cross-entropy.
 
     `scheme` names the tokens that stand for anchor, positive and negative: F fusion, D data
-    (section 4.3); "hardest" is ours. Cross-entropy and center loss see the fusion token, which is
-    the embedding of section 3.4, whatever the scheme (see D16). With `modalities`, each of these
-    gets a BNNeck and a classifier, for a loss on its own tokens.
+    (section 4.3); "hardest" is ours, and "contrastive" says that the model has losses of its own,
+    see extras/weighted.py. Cross-entropy and center loss see the fusion token, which is the
+    embedding of section 3.4, whatever the scheme (see D16).
     """
 
-    def __init__(
-        self,
-        num_ids: int,
-        dim: int,
-        scheme: str = "FFD",
-        squared: bool = True,
-        modalities: tuple[str, ...] = (),
-    ):
+    def __init__(self, num_ids: int, dim: int, scheme: str = "FFD", squared: bool = True):
         super().__init__()
-        if scheme not in (*SCHEMES, "hardest"):
-            expected = ", ".join((*SCHEMES, "hardest"))
+        if scheme not in (*SCHEMES, *BY_IDENTITY):
+            expected = ", ".join((*SCHEMES, *BY_IDENTITY))
             raise ValueError(f"triplet scheme {scheme!r}: expected one of {expected}")
         self.scheme, self.squared, self.margin = scheme, squared, None
         self.center = CenterLoss(num_ids, dim)
-        heads = {name: nn.Sequential(*new_head(dim, num_ids)) for name in modalities}
-        self.heads, self.modality_weight = nn.ModuleDict(heads), 1.0
         self.weights(alpha=0.5, beta=0.0, gamma=0.5, label_smoothing=0.0)
 
     def weights(self, alpha: float, beta: float, gamma: float, label_smoothing: float) -> None:
@@ -136,29 +128,16 @@ class GraFTLoss(nn.Module):
         embeddings of N samples; logits (K, C) and labels (K,) of the anchors, K = B, or of all.
         """
         triplet = self.triplet(embeddings.fusion, embeddings.data, labels, rank_sizes)
-        cross_entropy = self.cross_entropy(logits, labels)
+        cross_entropy = F.cross_entropy(
+            logits.float(), labels, label_smoothing=self.label_smoothing
+        )
         center = logits.new_zeros(())
         if self.beta:
             center = self.center(embeddings.fusion[: len(labels)], labels)
         # Eq. (10)
         loss = self.alpha * triplet + self.beta * center + self.gamma * cross_entropy
         terms = {"triplet": triplet, "cross_entropy": cross_entropy, "center": center}
-        if self.heads:
-            terms["modality"] = self.of_modalities(embeddings, labels, rank_sizes)
-            loss = loss + self.modality_weight * terms["modality"]
         return {"loss": loss, **terms}
-
-    def of_modalities(self, embeddings: Embeddings, labels: Tensor, rank_sizes=()) -> Tensor:
-        """alpha * triplet + gamma * cross-entropy on each modality's tokens, their mean; ours."""
-        losses = []
-        for modality, fusion in embeddings.fusion_of.items():
-            logits = self.heads[modality](fusion[: len(labels)])
-            triplet = self.triplet(fusion, embeddings.data_of[modality], labels, rank_sizes)
-            losses.append(self.alpha * triplet + self.gamma * self.cross_entropy(logits, labels))
-        return torch.stack(losses).mean()
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
 
     def triplet(self, fusion: Tensor, data: Tensor, labels: Tensor, rank_sizes) -> Tensor:
         """Eq. (8) on the scheme's tokens, or on the hardest triplets of all ranks' samples."""

@@ -331,6 +331,23 @@ class MultiModalModel(nn.Module):
         with torch.autocast(fusion.device.type, enabled=False):
             return self.classifier(self.bottleneck(fusion.float()))
 
+    @property
+    def embedding_width(self) -> int:
+        """Of what `embedding` returns."""
+        return self.width
+
+    def embedding(self, embeddings: Embeddings, features: str) -> Tensor:
+        """What a gallery keeps of each sample, (B, L * D), of norm 1.
+
+        `features`: the fusion tokens (paper), what leaves the BNNeck, or the data tokens (see D23).
+        """
+        tokens = embeddings.data if features == "data" else embeddings.fusion
+        return F.normalize(self.bottleneck(tokens) if features == "bnneck" else tokens)
+
+    def similarity(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """The cosine of each query's and each gallery sample's embedding: (Q, G)."""
+        return query @ gallery.T
+
     def losses(
         self, embeddings: Embeddings, labels: Tensor, criterion: nn.Module, rank_sizes=()
     ) -> dict[str, Tensor]:
@@ -408,6 +425,8 @@ FUSIONS = {
     "multistream": "baselines.MultiStream",
     "early": "baselines.EarlyFusion",
     "late": "baselines.LateFusion",
+    "weighted": "extras.weighted.WeightedGraFT",
+    "weighted-late": "extras.weighted.WeightedLate",
     "hamnet": "experiments.hamnet.HAMNet",
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import data
 import runtime
-from losses import SCHEMES
+from losses import BY_IDENTITY, SCHEMES
 from model import FUSIONS
 from runtime import UserError, real, whole
 
@@ -58,42 +58,42 @@ PAPER = {  # data set -> what the paper's recipe changes for it
     "market1501": PERSONS,
 }
 PLUS = {  # ours: known re-ID techniques together; experiments.ablate --table plus
+    "fusion": "weighted",
     "batch_size": 26,  # 78 images: 13 identities x 6
-    "triplet": "hardest",
+    "triplet": "contrastive",
     "cross_entropy": "all",
     "schedule": ("cosine", "cosine"),
     "label_smoothing": (0.1, 0.1),
     "features": "bnneck",
-    "modality_losses": 1.0,
 }
 PLUS_SYNTHETIC = {
     # The same ViT, pretrained longer on four times the vehicles
     "backbone_weights": str(WEIGHTS / "vit-small-rgb-4800.pth"),
-    "patch_dropout": (0.0, 0.5),
+    # Scaled up, so that patches are finer; a step sees 22 of the 72
+    "image_size": (96, 192),
+    "patch_dropout": (0.0, 0.7),
+    "triplet": "hardest",
     "epochs": (1, 4),
     "epoch_steps": (60, 0),  # frozen for 60 steps, until the new parts have warmed up
 }
-# On real data, where we have not run it. DeMo's: Adam at 3.5e-4, the backbone at 5e-6, a cosine,
-# images of 128x256 (persons 256x128); its and TOP-ReID's: flips, erasing, pad by 10 and crop. Ours:
-# 6 samples of an identity (theirs 16), triplets by squared distances, features behind the BNNeck
-PLUS_REAL = {
-    "image_size": (128, 256),
+PLUS_REAL = {  # chosen on RGB and thermal photos of streets, see experiments.scenes
+    "backbone": "timm:vit_small_patch14_dinov2.lvd142m",  # has seen all kinds of real photos
+    "image_size": (56, 112),
     "positives": 1,
-    "batch_size": 42,  # 126 images: 21 identities x 6
-    "per_pass": 42,  # or the hardest triplets would be those of half a batch
+    "warmup_steps": 30,
+    "epochs": (10, 1),
+    "lr": (1e-3, 5e-5),  # stage 2's is low, so that the backbone keeps what it knows
+    "weight_decay": (0.05, 0.05),
+    "adam_betas": (0.9, 0.98, 0.9, 0.98),
     "flips": (0.5, 0.0),
-    "pad": 10,
-    "epochs": (5, 35),
-    "warmup_steps": 200,
-    "lr": (3.5e-4, 3.5e-4),
-    "backbone_lr": (0.0, 1e-5),
-    "weight_decay": (1e-4, 1e-4),
-    "adam_betas": (0.9, 0.999, 0.9, 0.999),
+    "erase": 0.0,
 }
+# Not run on these: images as large as their authors', in patches of 14, and pad by 10 and crop
+BENCHMARK = {"image_size": (126, 252), "pad": 10}
 PLUS_OF = {
     "synthetic": PLUS_SYNTHETIC,
-    "rgbnt201": {**PLUS_REAL, **PERSONS},
-    "market1501": {**PLUS_REAL, **PERSONS},
+    **dict.fromkeys(("folder", "csv"), PLUS_REAL),
+    **dict.fromkeys(("rgbnt201", "market1501"), PLUS_REAL | BENCHMARK | {"image_size": (252, 126)}),
 }
 OWN = {  # ours, for a user's photos without a GPU; chosen on RGB and thermal photos of streets
     "backbone": "timm:vit_small_patch14_dinov2.lvd142m",  # has seen all kinds of real photos
@@ -113,13 +113,15 @@ def recipe(name: str, dataset: str, fusion: str) -> dict:
     """What a recipe changes of the options' defaults."""
     changes = {**CONSTANTS, **PAPER.get(dataset, {})}
     if name == "plus":
-        changes |= {**PLUS, **PLUS_OF.get(dataset, PLUS_REAL)}
+        changes |= {**PLUS, **PLUS_OF.get(dataset, PLUS_REAL | BENCHMARK)}
     if name == "own":
         changes |= OWN
     if fusion == "hamnet":
         changes |= runtime.imported("experiments.hamnet.recipe")(dataset)
-    if fusion not in MODALITY_TOKENS:
-        changes["modality_losses"] = 0.0
+    elif fusion in WEIGHTED:  # which have no other losses and features
+        changes |= {"cross_entropy": "all", "beta": (0.0, 0.0), "features": "bnneck"}
+    elif name == "plus":
+        changes["triplet"] = "hardest"  # the same batches
     return changes
 
 
@@ -129,7 +131,7 @@ def recipe(name: str, dataset: str, fusion: str) -> dict:
 BACKBONES = {"deit-b": {}, "small": {"dim": 192, "depth": 6, "heads": 3, "encoder_hidden": 512}}
 RESNETS = ("resnet18", "resnet50")  # HAMNet's
 SCHEDULES = ("sqrt", "cosine", "steps", "constant")
-MODALITY_TOKENS = ("graft", "multistream", "late")  # fusions with tokens of each modality
+WEIGHTED = ("weighted", "weighted-late")  # extras/weighted.py
 
 
 class Pair(argparse.Action):
@@ -203,10 +205,10 @@ def add_model_options(group) -> None:
 def add_loss_options(group) -> None:
     add, pair = group.add_argument, partial(group.add_argument, action=Pair)
     text = (
-        "tokens of anchor, positive and negative (paper, 4.3; default: FFD, baselines FFF), or"
-        " hardest: batch-hard triplets, several samples per identity"
+        "tokens of anchor, positive and negative (paper, 4.3; default: FFD, baselines FFF);"
+        " hardest: batch-hard triplets; contrastive: the loss of --fusion weighted alone"
     )
-    add("--triplet", choices=(*SCHEMES, "hardest"), help=text)
+    add("--triplet", choices=(*SCHEMES, *BY_IDENTITY), help=text)
     add(
         "--plain-distance",
         action="store_true",
@@ -214,8 +216,6 @@ def add_loss_options(group) -> None:
     )
     text = "classify the anchors alone (paper, 3.4), or all samples"
     add("--cross-entropy", choices=("anchors", "all"), default="anchors", help=text)
-    text = "weight of triplet loss and cross-entropy on each modality's own tokens"
-    add("--modality-losses", type=real(0), default=0.0, help=text)
     add("--alpha", type=real(0), default=0.5, help="weight of the triplet loss; paper, 4.2")
     pair(
         "--beta", type=real(0), default=(0.0, 0.0005), help="weight of the center loss; paper, 4.2"
@@ -278,8 +278,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     early = runtime.Parser(add_help=False)  # these say what the others' defaults are
     early.add_argument("--dataset", default="synthetic")
     early.add_argument("--recipe", default="paper")
-    early.add_argument("--fusion", default="graft")
+    early.add_argument("--fusion")
     chosen, _ = early.parse_known_args(argv)
+    chosen.fusion = chosen.fusion or ("weighted" if chosen.recipe == "plus" else "graft")
     parser = make_parser()
     parser.set_defaults(**recipe(chosen.recipe, chosen.dataset, chosen.fusion))
     defaults = vars(parser.parse_args([]))
@@ -287,7 +288,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     typed = {name: value for name, value in typed.items() if value is not None}
     args = argparse.Namespace(**{**defaults, **typed}, typed=tuple(typed))
-    args.triplet = args.triplet or ("FFD" if args.fusion == "graft" else "FFF")
+    default = "FFD" if args.fusion == "graft" else "FFF"
+    args.triplet = args.triplet or ("contrastive" if args.fusion in WEIGHTED else default)
     args.out = args.out or Path("runs") / args.dataset
     # A checkpoint remembers where its data is, wherever it is evaluated
     args.data_root = str(Path(args.data_root).absolute())
@@ -373,7 +375,8 @@ class Stage:
 
 def check_combinations(args: argparse.Namespace) -> None:
     """Raise UserError for options that contradict one another."""
-    fusion, hamnet, graft = args.fusion, args.fusion == "hamnet", args.fusion == "graft"
+    fusion, hamnet = args.fusion, args.fusion == "hamnet"
+    graft = fusion in ("graft", "weighted")
     before_patches = 2 if args.backbone in BACKBONES else 1  # CLS and distillation token
     first_patch = args.data_token + args.fusion_tokens > before_patches  # is among the tokens
     if args.backbone not in (*BACKBONES, *RESNETS) and not args.backbone.startswith("timm:"):
@@ -394,10 +397,15 @@ def check_combinations(args: argparse.Namespace) -> None:
         )
     if args.recipe == "own" and args.dataset not in ("folder", "csv"):
         raise UserError(f"--recipe own: is for --dataset folder and csv, not {args.dataset}")
-    if args.triplet == "hardest" and args.cross_entropy != "all":
-        raise UserError("--triplet hardest: needs labels of all samples; add --cross-entropy all")
-    if args.modality_losses and fusion not in MODALITY_TOKENS:
-        raise UserError(f"--modality-losses: --fusion {fusion} has no tokens of each modality")
+    if args.triplet in BY_IDENTITY and args.cross_entropy != "all":
+        text = f"--triplet {args.triplet}: needs labels of all samples; add --cross-entropy all"
+        raise UserError(text)
+    if fusion in WEIGHTED and args.triplet not in BY_IDENTITY:
+        raise UserError(f"--triplet {args.triplet}: --fusion {fusion} takes contrastive or hardest")
+    if fusion not in WEIGHTED and args.triplet == "contrastive":
+        raise UserError(f"--triplet contrastive: is for --fusion weighted, not {fusion}")
+    if fusion in WEIGHTED and any(args.beta):
+        raise UserError(f"--beta: --fusion {fusion} has no centroids; expected 0")
     if graft and any(args.patch_dropout) and first_patch:
         raise UserError(f"--data-token {args.data_token}: --patch-dropout may leave that patch out")
 

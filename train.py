@@ -31,7 +31,7 @@ import data
 import evaluate
 import options
 import runtime
-from losses import GraFTLoss
+from losses import BY_IDENTITY, GraFTLoss
 from model import GraFTConfig, MultiModalModel, build_model, load_backbone
 from options import Stage, parse, settings
 from runtime import UserError
@@ -233,7 +233,7 @@ class Batches:
 
 def make_sampler(args: argparse.Namespace, dataset: data.Dataset) -> data.TripletSampler:
     common = (dataset.train.pids, args.batch_size, args.positives, args.seed)
-    if args.triplet == "hardest":  # needs several samples of an identity in a batch
+    if args.triplet in BY_IDENTITY:
         return data.IdentitySampler(*common, args.samples)
     return data.TripletSampler(*common)
 
@@ -282,13 +282,9 @@ class Run:
         )
         self.batches = Batches(args, dataset, self.embedder)
         self.criterion = GraFTLoss(
-            model.config.num_ids,
-            model.width,
-            args.triplet,
-            squared=not args.plain_distance,
-            modalities=model.config.modalities if args.modality_losses else (),
+            model.config.num_ids, model.width, args.triplet, squared=not args.plain_distance
         ).to(device)
-        self.criterion.modality_weight, self.criterion.margin = args.modality_losses, args.margin
+        self.criterion.margin = args.margin
         self.progress, self.stored_optimizer = Progress(), None
         self.shown = time.perf_counter()  # the last line of progress
         self.within_step = False  # some of its passes are done

@@ -94,7 +94,8 @@ def sensors(embedder: evaluate.Embedder, dataset, metrics: dict) -> str:
     for subset in reversed(others):
         parts = [split.restricted(subset) for split in (dataset.query, dataset.gallery)]
         if all(map(len, parts)):
-            ranking = evaluate.rank_features(*((part, embedder.embed(part)) for part in parts))
+            sides = ((part, embedder.embed(part)) for part in parts)
+            ranking = evaluate.rank_features(embedder.model.similarity, *sides)
             results[subset] = evaluate.metrics_dict(embedder.model, ranking)
     columns = ("mAP", "R1", "R5", "R10")
     rows = [["sensors in testing", *columns]]
@@ -127,7 +128,7 @@ def queries(embedder: evaluate.Embedder, ranking: evaluate.Ranking, seed: int) -
         "<h2>Worst queries</h2><p>Their most similar wrong samples, and at the end the first"
         " correct match. Scroll sideways →</p>" + rows_of_cells(failures, names, "row long"),
     ]
-    if embedder.model.config.fusion == "graft":
+    if embedder.model.config.fusion in ("graft", "weighted"):
         rows = pictures.attention(embedder, query, [i for i, _ in chosen])
         sections.append(
             "<h2>Attention</h2><p>Where the fusion token attends in each sensor's encoder."

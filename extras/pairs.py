@@ -55,7 +55,8 @@ def main() -> None:
     queries, galleries = ([(s, embedder.embed(s)) for s in splits] for splits in sides.values())
     results = {}
     for query, gallery in product(queries, galleries):
-        metrics = evaluate.metrics_dict(embedder.model, evaluate.rank_features(query, gallery))
+        ranking = evaluate.rank_features(embedder.model.similarity, query, gallery)
+        metrics = evaluate.metrics_dict(embedder.model, ranking)
         del metrics["queries"]  # they would be most of a file that is kept for its table
         name = f"{','.join(query[0].modalities)} > {','.join(gallery[0].modalities)}"
         results[name] = metrics

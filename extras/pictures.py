@@ -83,7 +83,7 @@ def check_subjects(
         if word not in ("random", "best", "worst", *names):
             raise UserError(f"--queries {word}: no query has this name; one is {names[0]}")
     fusion = embedder.model.config.fusion
-    if args.attention and fusion != "graft":
+    if args.attention and fusion not in ("graft", "weighted"):
         raise UserError(f"--attention: a model with --fusion {fusion} has no fusion tokens")
 
 
@@ -352,7 +352,8 @@ LOSSES = {  # label -> name in the log, option that holds its weight
     "alpha x triplet": ("triplet", "alpha"),
     "beta x center": ("center", "beta"),
     "gamma x cross-entropy": ("cross_entropy", "gamma"),
-    "each sensor's own": ("modality", "modality_losses"),
+    "alpha x contrastive": ("contrastive", "alpha"),  # these of --fusion weighted
+    "gamma x cross-entropy of each sensor": ("sensors", "gamma"),
 }
 
 

@@ -14,22 +14,34 @@ from torch import Tensor
 
 @torch.no_grad()
 def rerank(
-    query: Tensor, gallery: Tensor, k1=20, k2=6, weight=0.3, block: int = 2**24
+    query: Tensor,
+    gallery: Tensor,
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    k1=20,
+    k2=6,
+    weight=0.3,
+    block: int = 2**24,
 ) -> Callable[[int, int], Tensor]:
-    """Re-ranked similarities of features (Q, D) and (G, D), as evaluate.rank_by takes them.
+    """Re-ranked similarities of embeddings (Q, D) and (G, D), as evaluate.rank_by takes them.
 
-    The distance is `weight` * Euclidean (squared, of normalised features, each row by its largest)
-    + (1 - weight) * Jaccard. About `block` distances are in memory at once. Runs on the CPU.
+    `similarity` is the model's, from -1 to 1. The distance is `weight` * (2 - 2 * similarity), of
+    cosines the squared Euclidean one, each row by its largest, + (1 - weight) * Jaccard. About
+    `block` distances are in memory at once. Runs on the CPU.
     """
-    x = F.normalize(torch.cat([query, gallery]).float())
+    x = torch.cat([query, gallery]).float()
     N, k1 = len(x), min(k1, len(x) - 1)
     parts = []
     for rows in x.split(max(1, block // N)):
-        distance = 2 - 2 * rows @ x.T
+        distance = 2 - 2 * similarity(rows, x)
         parts.append((distance.amax(1), distance.topk(k1 + 1, largest=False).indices))
     # Of each row: its largest distance (N,), and its k1 + 1 nearest (N, k1 + 1), itself first
     largest, nearest = map(torch.cat, zip(*parts, strict=True))
-    V = encode(x, largest, nearest, k1, block)
+
+    def distances(rows: Tensor | slice, first: int = 0) -> Tensor:
+        """Of some rows to all rows from `first` on."""
+        return (2 - 2 * similarity(x[rows], x[first:])) / largest[rows, None]
+
+    V = encode(distances, nearest, k1, block)
     # Local query expansion: each row of V becomes the mean over its k2 nearest
     rows = torch.arange(N).repeat_interleave(k2)
     indices = torch.stack([rows, nearest[:, :k2].flatten()])
@@ -37,7 +49,7 @@ def rerank(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls parts of its sparse product a beta
         V = torch.sparse.mm(mean, V).coalesce()
-    return similarities(x, largest, V, len(query), weight)
+    return similarities(distances, V, len(query), weight)
 
 
 def sparse(indices: Tensor, values: Tensor, N: int) -> Tensor:
@@ -50,9 +62,9 @@ def reciprocal(nearest: Tensor, rows: Tensor, k: int) -> Tensor:
     return (theirs == rows[:, None, None]).any(2)
 
 
-def encode(x: Tensor, largest: Tensor, nearest: Tensor, k1: int, block: int) -> Tensor:
+def encode(distances: Callable[..., Tensor], nearest: Tensor, k1: int, block: int) -> Tensor:
     """V, sparse (N, N): how near each row's k-reciprocal neighbours are; rows add up to 1."""
-    N, half = len(x), round(k1 / 2)
+    N, half = len(nearest), round(k1 / 2)
     mutual = torch.cat([reciprocal(nearest, rows, half) for rows in torch.arange(N).split(4096)])
     indices, values = [], []
     for rows in torch.arange(N).split(max(1, min(256, block // N))):
@@ -67,18 +79,17 @@ def encode(x: Tensor, largest: Tensor, nearest: Tensor, k1: int, block: int) -> 
         index = torch.arange(len(rows))
         member[index[:, None].expand_as(near)[is_mutual], near[is_mutual]] = True
         member[index[:, None, None].expand_as(theirs)[added], theirs[added]] = True
-        distance = (2 - 2 * x[rows] @ x.T) / largest[rows, None]
-        nearness = torch.exp(-distance) * member
+        nearness = torch.exp(-distances(rows)) * member
         indices.append(member.nonzero().T + torch.tensor([[rows[0]], [0]]))
         values.append((nearness / nearness.sum(1, keepdim=True))[member])
     return sparse(torch.cat(indices, 1), torch.cat(values), N)
 
 
 def similarities(
-    x: Tensor, largest: Tensor, V: Tensor, Q: int, weight: float
+    distances: Callable[..., Tensor], V: Tensor, Q: int, weight: float
 ) -> Callable[[int, int], Tensor]:
     """A function of (start, end): minus those queries' distances to the gallery, (rows, G)."""
-    N, (row, column), value = len(x), V.indices(), V.values()
+    N, (row, column), value = len(V), V.indices(), V.values()
     starts = F.pad(row.bincount(minlength=N).cumsum(0), (1, 0))
     # The gallery's entries of V, column by column: who has a neighbour, and how near
     of_gallery = row >= Q
@@ -88,7 +99,7 @@ def similarities(
     first = count.cumsum(0) - count
 
     def between(start: int, end: int) -> Tensor:
-        result = (2 - 2 * x[start:end] @ x[Q:].T) / largest[start:end, None] * -weight
+        result = distances(slice(start, end), Q) * -weight
         for i in range(start, end):
             entries = slice(starts[i], starts[i + 1])
             near, amount = column[entries], value[entries]  # the query's neighbours

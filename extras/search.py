@@ -179,13 +179,14 @@ def query(args: argparse.Namespace, embedder: evaluate.Embedder) -> None:
     runtime.check_output(args.json, "--json")
     runtime.check_output(args.picture, "--picture", (".png", ".jpg", ".jpeg"))
     queries = read_queries(args.images, config.modalities)
-    gallery = read_gallery(args.gallery, args.checkpoint, embedder.model.width)
+    gallery = read_gallery(args.gallery, args.checkpoint, embedder.model.embedding_width)
     if threshold is True:  # given without a value
         threshold, expected = read_threshold(args.checkpoint)
         if (gallery["files"] == "").any() or any(set(q) != set(expected) for q in queries):
             print(f"The threshold is for samples with {', '.join(expected)}; here some lack one.")
     answers = []
-    similarities = embedder(queries).numpy() @ gallery["features"].T  # (queries, N)
+    features = torch.from_numpy(gallery["features"])
+    similarities = embedder.model.similarity(embedder(queries), features).numpy()  # (queries, N)
     for photos, similarity in zip(queries, similarities, strict=True):
         best = []
         for i in np.argsort(-similarity, kind="stable")[: args.top]:

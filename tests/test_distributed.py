@@ -30,17 +30,25 @@ def no_dropout():
         yield
 
 
+SCHEMES = ("FFD", "hardest", "contrastive")  # the last with the hardest triplets, too
+
+
 def make_objective(scheme: str) -> train.Objective:
     torch.manual_seed(0)
     size = dict(image_size=(16, 32), dim=32, depth=2, heads=2, encoder_heads=4, encoder_hidden=48)
-    config = GraFTConfig(**size, num_ids=5, dropout=0.0)
+    fusion = "weighted" if scheme == "contrastive" else "graft"
+    config = GraFTConfig(**size, fusion=fusion, num_ids=5, dropout=0.0)
     facts = dict.fromkeys(config.modalities, (0.5, 0.5, 0.5))
     model = build_model(config)
-    embedder = evaluate.Embedder(model, facts, facts, torch.device("cpu"), "fp32")
-    heads = config.modalities if scheme == "hardest" else ()  # with --modality-losses, too
-    criterion = losses.GraFTLoss(5, 32, scheme, modalities=heads)
-    criterion.weights(alpha=0.5, beta=0.0005, gamma=0.5, label_smoothing=0.1)
-    torch.nn.init.normal_(model.classifier.weight)  # so that gradients through BatchNorm count
+    features = "bnneck" if fusion == "weighted" else "fusion"
+    device = torch.device("cpu")
+    embedder = evaluate.Embedder(model, facts, facts, device, "fp32", features=features)
+    criterion = losses.GraFTLoss(5, 32, "hardest" if scheme == "contrastive" else scheme)
+    beta = 0.0 if fusion == "weighted" else 0.0005
+    criterion.weights(alpha=0.5, beta=beta, gamma=0.5, label_smoothing=0.1)
+    for layer in model.classifier.modules():
+        if isinstance(layer, torch.nn.Linear):  # so that gradients through BatchNorm count
+            torch.nn.init.normal_(layer.weight)
     return train.Objective(embedder, criterion)
 
 
@@ -62,7 +70,7 @@ def backward(objective: train.Objective, scheme: str, ranks: int) -> dict:
     share = shares[runtime.rank()]
     images, labels = make_batch(share)
     n = share.stop - share.start
-    labels = labels if scheme == "hardest" else labels[:n]
+    labels = labels[:n] if scheme == "FFD" else labels
     loss = parallel(images, labels, tuple(3 * (s.stop - s.start) for s in shares))["loss"]
     loss = loss * n * ranks / B
     loss.backward()
@@ -79,7 +87,7 @@ def ranks(request, tmp_path_factory):
     def main() -> None:
         runtime.start("cpu")
         rank, ranks = runtime.rank(), runtime.world_size()
-        results = {s: backward(make_objective(s), s, ranks) for s in ("FFD", "hardest")}
+        results = {s: backward(make_objective(s), s, ranks) for s in SCHEMES}
         norm = SyncBatchNorm1d(4)
         torch.manual_seed(rank)
         norm(torch.randn(1 + rank, 4))  # rank 0 holds a single sample
@@ -93,13 +101,12 @@ def ranks(request, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("scheme", ["FFD", "hardest"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_gradients_are_those_of_one_process_with_the_whole_step(ranks, scheme):
     """Also where triplets are mined over all ranks' samples, and ranks hold unequal parts."""
     expected = backward(make_objective(scheme), scheme, 1)
-    # all but BatchNorms' frozen bias
-    frozen = 4 if scheme == "hardest" else 1
-    assert len(expected["gradients"]) == len(list(make_objective(scheme).parameters())) - frozen
+    trained = [p for p in make_objective(scheme).parameters() if p.requires_grad]
+    assert len(expected["gradients"]) == len(trained)
     for result in ranks:
         torch.testing.assert_close(result[scheme]["loss"], expected["loss"], atol=1e-5, rtol=0)
         for name, gradient in expected["gradients"].items():
@@ -139,7 +146,7 @@ TOLERANCE = 2e-3  # relative, of a step's loss and gradient norm
 def drift(a: list[dict], b: list[dict]) -> float:
     """The largest relative difference of losses between two runs' steps."""
     assert len(a) == len(b) == 16
-    names = [n for n in ("loss", "cross_entropy", "center", "modality") if n in a[0]]
+    names = [n for n in ("loss", "cross_entropy", "center", "contrastive") if n in a[0]]
     return max(
         abs(x[name] - y[name]) / max(abs(x[name]), 0.1)
         for x, y in zip(a, b, strict=True)

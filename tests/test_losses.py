@@ -91,27 +91,6 @@ def test_total_is_the_weighted_sum(embeddings):
     assert criterion.center.centers.requires_grad
 
 
-@pytest.mark.parametrize("scheme", ["FFD", "hardest"])
-def test_losses_of_modalities_are_the_same_losses_on_each_ones_tokens(scheme):
-    torch.manual_seed(0)
-    fusion_of, data_of = ({"rgb": torch.randn(6, 4), "tir": torch.randn(6, 4)} for _ in range(2))
-    embeddings = Embeddings(torch.zeros(6, 4), torch.zeros(6, 4), fusion_of, data_of)
-    labels = torch.tensor([0, 1, 0, 1, 2, 2][: 6 if scheme == "hardest" else 2])
-    criterion = GraFTLoss(3, 4, scheme, modalities=("rgb", "nir", "tir"))
-    criterion.weights(alpha=0.3, beta=0.1, gamma=0.7, label_smoothing=0.1)
-    expected = []
-    for name in ("rgb", "tir"):
-        features = fusion_of[name][: len(labels)]
-        mean, variance = features.mean(0), features.var(0, unbiased=False)
-        weight = criterion.heads[name][1].weight
-        logits = (features - mean) / (variance + 1e-5).sqrt() @ weight.T
-        plain = GraFTLoss(3, 4, scheme)
-        plain.weights(alpha=0.3, beta=0.0, gamma=0.7, label_smoothing=0.1)
-        expected.append(plain(Embeddings(fusion_of[name], data_of[name]), logits, labels)["loss"])
-    assert abs(expected[0] - expected[1]) > 1e-3
-    torch.testing.assert_close(criterion.of_modalities(embeddings, labels), sum(expected) / 2)
-
-
 @pytest.mark.parametrize("squared", [True, False])
 def test_hardest_triplets_by_brute_force(squared):
     torch.manual_seed(0)

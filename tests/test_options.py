@@ -35,18 +35,17 @@ def test_a_recipe_is_what_runs():
     assert parse("--recipe plus --patch-dropout 0").stages[1].epochs == second.epochs
     other = parse("--recipe plus --schedule sqrt")
     assert [stage.schedule for stage in other.stages] == ["sqrt", "sqrt"]
-    assert (other.triplet, other.features) == ("hardest", "bnneck")
-    assert parse("--recipe plus --fusion cls").modality_losses == 0
+    assert (other.fusion, other.triplet, other.features) == ("weighted", "hardest", "bnneck")
+    assert parse("--recipe plus --fusion cls").triplet == "hardest"
 
 
 @pytest.mark.parametrize(
-    ("dataset", "size"), [("rgbn300", (128, 256)), ("folder", (128, 256)), ("rgbnt201", (256, 128))]
+    ("dataset", "size"), [("rgbn300", (126, 252)), ("folder", (56, 112)), ("rgbnt201", (252, 126))]
 )
-def test_plus_on_real_data_trains_a_large_backbone_at_a_low_rate(dataset, size):
+def test_plus_on_real_data_takes_a_backbone_that_has_seen_real_photos(dataset, size):
     args = parse(f"--recipe plus --dataset {dataset}")
-    assert (args.backbone, args.image_size) == ("deit-b", size)
-    assert [stage.backbone_lr for stage in args.stages] == [0, 1e-5]
-    assert (args.batch_size, args.per_pass) == (42, 42)
+    assert (args.backbone, args.image_size) == ("timm:vit_small_patch14_dinov2.lvd142m", size)
+    assert (args.triplet, [stage.lr for stage in args.stages]) == ("contrastive", [1e-3, 5e-5])
 
 
 @pytest.mark.parametrize("dataset", ["folder", "csv"])
@@ -111,7 +110,9 @@ def test_the_help_shows_the_recipes_defaults(words, defaults):
         ("--triplet hardest", "needs labels of all samples; add --cross-entropy all"),
         ("--fusion cls --fusion-tokens 2", "--fusion cls has none; leave them out"),
         ("--fusion cls --data-token 2", "--fusion cls has none; leave them out"),
-        ("--fusion cls --modality-losses 1", "--fusion cls has no tokens of each modality"),
+        ("--triplet contrastive --cross-entropy all", "is for --fusion weighted, not graft"),
+        ("--fusion weighted --triplet FFD", "--fusion weighted takes contrastive or hardest"),
+        ("--fusion weighted --beta 0 1", "--fusion weighted has no centroids"),
         ("--patch-dropout 0 0.5 --data-token 2", "--data-token 2: --patch-dropout may leave"),
         ("--backbone resnet18", "ResNets are for --fusion hamnet"),
         ("--fusion hamnet --backbone small", "--fusion hamnet takes resnet18 or resnet50"),
