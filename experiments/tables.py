@@ -12,7 +12,6 @@ from math import gcd
 from typing import NamedTuple
 
 import data
-import options
 
 Options = str | Callable[[Namespace], str]
 
@@ -48,7 +47,6 @@ REACH = {
     "frozen backbone": "frozen",
     "center loss": "beta center-norm random-centroids",
     "cross-entropy": "cross_entropy label_smoothing",
-    "each sensor's loss": "modality_losses",
     "images": "flips erase erase-apart",
     "sensors": "modalities",
     "first weights": "backbone_weights narrow-token",
@@ -115,19 +113,6 @@ def positives(count: int, recipe: Namespace) -> str:
     whole = 4 // gcd(4, *passes)  # so that 4 positives, too, take whole epochs
     first, second = (whole * n // count for n in passes)
     return f"{FFF} --positives {count} --epochs {first} {second}"
-
-
-def without_patch_dropout(recipe: Namespace) -> str:
-    plus = options.recipe("plus", recipe.dataset, "graft")
-    dropped = plus.get("patch_dropout", (0, 0))
-    # As long in time: a step on half of the patches costs half
-    epochs = [round(plus["epochs"][i] * (1 - dropped[i])) for i in (0, 1)]
-    return f"{PLUS} --patch-dropout 0 0 --epochs {epochs[0]} {epochs[1]}"
-
-
-def longer_frozen(recipe: Namespace) -> str:
-    epochs = options.recipe("plus", recipe.dataset, "graft")["epochs"]
-    return f"{PLUS} --epochs {recipe.epochs[0]} {epochs[1]} --epoch-steps 0 0"
 
 
 # --- Tables 1 to 8
@@ -264,24 +249,25 @@ STAGES = [
     Row("no center loss", "--beta 0 0"),
 ]
 SMALL_VIT = "--backbone-weights weights/vit-small-rgb"
+COARSE = "--image-size 64 128 --patch-dropout 0 0.5"
 WITHOUT = [
-    Row("without balanced batches and hard triplets: FFF", FFF),
-    Row("without these and cross-entropy on all: FFD", "--triplet FFD --cross-entropy anchors"),
-    Row("without the cosine schedule", "--schedule sqrt sqrt"),
-    Row("without label smoothing", "--label-smoothing 0 0"),
-    Row("without BNNeck features", test="--features fusion"),
-    Row("without losses of each sensor", "--modality-losses 0"),
+    Row("without confidences: Eq. (6), batch-hard triplets alone", "--fusion graft"),
+    Row("without batch-hard triplets", "--triplet contrastive"),
+    Row("on images of 64x128, not scaled up", COARSE, backbone="small"),
     Row("with the default's backbone", f"{SMALL_VIT}.pth", backbone="small"),
-    Row("on the mean of the sensors' CLS tokens", "--fusion late"),
+    Row("without encoders, on the sensors' CLS tokens", "--fusion weighted-late"),
 ]
 PARTS_OF_PLUS = [
     Row("the paper's recipe"),
     Row("the same, features behind the BNNeck", test="--features bnneck"),
     Row("the same with plus's backbone", f"{SMALL_VIT}-4800.pth", backbone="small"),
     Row("plus", PLUS),
-    Row("without patch dropout, for as much time", without_patch_dropout, base=PLUS),
-    Row("frozen for as many epochs as by the paper's recipe", longer_frozen, base=PLUS),
     *on(PLUS, WITHOUT),
+]
+BOTH_AND_EACH = [Row("both"), *(Row(name, test=f"--modalities {name}") for name in ("rgb", "tir"))]
+SCENES = [
+    *on("--recipe own", BOTH_AND_EACH, ", the paper's losses"),
+    *on(PLUS, BOTH_AND_EACH, ", plus"),
 ]
 LOOKS = [
     Row("as trained"),
@@ -292,8 +278,6 @@ LOOKS = [
 SUBSETS = [",".join(s) for size in (1, 2, 3) for s in combinations(("rgb", "nir", "tir"), size)]
 ON_SUBSETS = [Row(subset, test=f"--modalities {subset}") for subset in SUBSETS]
 MISSING = ON_SUBSETS + on(PLUS, ON_SUBSETS, ", plus")
-ALONE = f"{PLUS} --modality-losses 0"
-MISSING += on(ALONE, ON_SUBSETS, ", plus without losses of each sensor")
 INDICES = [Row(str(i), f"--data-token {i}" if i else "") for i in range(0, 30, 5)]
 INDICES += on(PLAIN, [INDICES[0], INDICES[1], INDICES[-1]], ", plain distance")
 FUSION_TOKENS = [Row("1"), Row("2", "--fusion-tokens 2"), Row("4", "--fusion-tokens 4")]
@@ -323,5 +307,6 @@ TABLES = {
     "test": Table("Beyond the paper: mirrored images, re-ranking", LOOKS),
     "choices": Table("Where the paper is silent or its code differs (D1 to D26)", CHOICES, True),
     "plus": Table("Beyond the paper: our recipe, and without each of its parts", PARTS_OF_PLUS),
+    "scenes": Table("Beyond the paper: real photos of which a sensor often shows nothing", SCENES),
     "missing": Table("Beyond the paper: trained on all sensors, tested on those named", MISSING),
 }

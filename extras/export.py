@@ -3,9 +3,10 @@
 python -m extras.export runs/synthetic --out model.onnx
 
 The file has one input per modality, with the modality's name: uint8 RGB images (B, 3, H, W), for
-any B. Its output `embedding` (B, D) is float32 and L2-normalised, as evaluate.py ranks it; the
-graph normalises the images itself. The file's metadata are `modalities` (in the model's order),
-`image_size` and `model` (the sha256 of the checkpoint).
+any B. Its output `embedding` (B, D), float32, is what evaluate.py ranks by; the graph normalises
+the images itself. The file's metadata are `modalities` (in the model's order), `image_size`,
+`views` (how many shares end an embedding of extras/weighted.py's models; else 0) and `model` (the
+sha256 of the checkpoint).
 """
 
 import argparse
@@ -124,6 +125,7 @@ def main() -> None:
     metadata = {
         "modalities": ",".join(exported.modalities),
         "image_size": "x".join(map(str, config.image_size)),
+        "views": str(len(getattr(embedder.model, "views", ()))),
         "model": runtime.fingerprint(args.checkpoint),
     }
     content = to_onnx(exported, metadata)

@@ -1,6 +1,7 @@
 """What several test files need: a tiny rendered data set, and the programs run as a user would."""
 
 import faulthandler
+import gc
 import json
 import os
 import shutil
@@ -84,6 +85,7 @@ def call(program, *arguments, ranks: int = 1, timeout: float = 120) -> Done:
 
 def _be(program, arguments, files: Path) -> None:
     """In a forked process: the program, its output in files, and no way back."""
+    gc.freeze()  # the parent's garbage stays: onnxruntime's would wait for threads that are not here
     code = 70
     try:
         for number, name in ((1, "out"), (2, "err")):

@@ -26,7 +26,8 @@ def save_model(path, settings=(), **config):
     for name, parameter in model.named_parameters():  # far from where all images look the same
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.01 if name == "fusion_token" else 0.6)
-    torch.nn.init.normal_(model.bottleneck.running_mean)
+    for neck in model.bottleneck.values() if config.fusion == "weighted" else [model.bottleneck]:
+        torch.nn.init.normal_(neck.running_mean)
     names = config.modalities
     checkpoint = {
         "config": asdict(config),
@@ -60,9 +61,10 @@ def load(path, **options) -> evaluate.Embedder:
     return evaluate.load_embedder(path, "cpu", precision="fp32", workers=0, **options)
 
 
-def test_the_readme_s_snippet_ranks_as_evaluate(run, tiny_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fusion", ["graft", "weighted"])
+def test_the_readme_s_snippet_ranks_as_evaluate(fusion, run, tiny_data, tmp_path, monkeypatch):
     pair = ("rgb", "tir")
-    sizes = {"fusion_tokens": 2, "modalities": pair}
+    sizes = {"fusion_tokens": 2, "modalities": pair, "fusion": fusion}
     checkpoint = save_model(tmp_path / "last.pt", {"features": "bnneck"}, **sizes)
     run(tmp_path, "--out", tmp_path / "model.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "model.onnx"}  # one file

@@ -77,7 +77,7 @@ def ranking(tiny_data):
     query, gallery = dataset.query, dataset.gallery
     generator = torch.Generator().manual_seed(0)
     q, g = (F.normalize(torch.randn(len(s), 16, generator=generator)) for s in (query, gallery))
-    return evaluate.rank_features((query, q), (gallery, g))
+    return evaluate.rank_features(lambda a, b: a @ b.T, (query, q), (gallery, g))
 
 
 def test_lists_are_ranked_as_the_metric_ranks(ranking):
