@@ -288,8 +288,8 @@ class Embedder:
 
 def halfway(a: Embeddings, b: Embeddings) -> Embeddings:
     """The mean of two batches of embeddings."""
-    of = [{name: (x[name] + y[name]) / 2 for name in x} for x, y in zip(a[2:], b[2:], strict=True)]
-    return Embeddings((a.fusion + b.fusion) / 2, (a.data + b.data) / 2, *of)
+    fusion_of = {name: (token + b.fusion_of[name]) / 2 for name, token in a.fusion_of.items()}
+    return Embeddings((a.fusion + b.fusion) / 2, (a.data + b.data) / 2, fusion_of)
 
 
 def read_photo(photo: str | Path | Image.Image | Tensor, size: tuple[int, int]) -> Tensor:

@@ -35,7 +35,7 @@ SPACE = {
     # set's 2.5e-3 and 1.2e-3, for 492: a shorter schedule takes a higher rate
     "lr 1": (1e-5, 1e-2, "log"),
     "lr 2": (2e-6, 5e-3, "log"),
-    "backbone_lr 1": (1e-7, 1e-3, "log"),  # only if one is set, as by --recipe plus
+    "backbone_lr 1": (1e-7, 1e-3, "log"),  # only if one is set
     "backbone_lr 2": (1e-7, 1e-3, "log"),
     # The published code's are 1.58e-4 to 0.05
     "weight_decay 1": (1e-4, 0.3, "log"),

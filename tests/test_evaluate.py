@@ -101,7 +101,8 @@ def make_embedder(fusion="graft", **config) -> Embedder:
     torch.manual_seed(0)
     sizes = {"encoder_heads": 2, "encoder_hidden": 32, "fusion": fusion, **config}
     model = build_model(GraFTConfig(("rgb", "tir"), 3, (16, 32), 16, 32, 1, 2, **sizes))
-    return Embedder(model.eval(), HALF, HALF, CPU, "fp32", 0)
+    features = "bnneck" if fusion.startswith("weighted") else "fusion"
+    return Embedder(model.eval(), HALF, HALF, CPU, "fp32", 0, features)
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def make_run(recipe: str, device, tmp_path, dataset=None) -> tuple[train.Run, tr
     args = options.parse(["--recipe", recipe, "--out", str(tmp_path), "--precision", "fp32"])
     size = dict(image_size=(32, 64), dim=32, depth=2, heads=2, encoder_heads=2, encoder_hidden=32)
     with device:
-        model = build_model(GraFTConfig(**size, num_ids=78))
+        model = build_model(GraFTConfig(**size, num_ids=78, fusion=args.fusion))
     run = train.Run(args, device, dataset or make_dataset(), model)
     with device:
         run.criterion = losses.GraFTLoss(78, 32, args.triplet)
@@ -145,6 +145,9 @@ def test_one_wait_a_step(recipe, tmp_path, monkeypatch):
         return [0.0] * len(x)
 
     dataset = make_dataset()
+    # Before the fake mode, in which a tensor's NumPy array has no values
+    sampler = train.make_sampler(options.parse(["--recipe", recipe]), dataset)
+    monkeypatch.setattr(train, "make_sampler", lambda *given: sampler)
     with FakeTensorMode(allow_non_fake_inputs=True):
         run, objective = make_run(recipe, torch.device("cuda:0"), tmp_path, dataset)
         optimizer = train.make_optimizer(objective, run.args.stages[1], 1e-3)

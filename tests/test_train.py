@@ -217,9 +217,8 @@ def test_the_optimizer_of_stage_1_is_not_stage_2s(open_run, monkeypatch):
         train.train_stage(resumed, resumed.args.stages[1])
 
 
-@pytest.mark.parametrize("more", ["", "--recipe plus --schedule cosine"])
-def test_centroids_start_at_the_class_means_of_what_the_loss_sees(open_run, more):
-    run = open_run(*more.split())
+def test_centroids_start_at_the_class_means_of_what_the_loss_sees(open_run):
+    run = open_run()
     train.begin_stage(run, run.args.stages[0])
     assert not run.criterion.center.started
     train.begin_stage(run, run.args.stages[1])

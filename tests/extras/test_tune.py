@@ -139,7 +139,7 @@ def test_what_is_searched_depends_on_what_is_in_use():
 
     off = {"backbone_lr 1", "backbone_lr 2", "beta 1"}
     assert names("--dataset rgbnt100") == set(tune.SPACE) - off
-    assert "backbone_lr 2" in names("--dataset rgbnt100 --recipe plus")
+    assert "backbone_lr 2" in names("--dataset rgbnt100 --backbone-lr 1e-5")
     assert "alpha" not in names("--alpha 0")
     assert not any(name.endswith(" 1") for name in names("--epochs 0 2"))
     assert "warmup_steps" not in names("--schedule constant")
