@@ -257,7 +257,8 @@ def text_of(table: Table, rows: list[Experiment], folder: Path, seeds: range) ->
     title = table.title
     if counts := {len(runs) for _, runs in measured if runs}:
         numbers = " to ".join(map(str, sorted({min(counts), max(counts)})))
-        title += f"; {numbers} seeds, mean ± standard deviation; {usual}"
+        seeds_of = "1 seed" if numbers == "1" else f"{numbers} seeds"
+        title += f"; {seeds_of}, mean ± standard deviation; {usual}"
     parts = [title, runtime.markdown(lines)]
     if any(row.by_construction for row in rows):
         parts.append(BY_CONSTRUCTION)

@@ -85,7 +85,7 @@ def call(program, *arguments, ranks: int = 1, timeout: float = 120) -> Done:
 
 def _be(program, arguments, files: Path) -> None:
     """In a forked process: the program, its output in files, and no way back."""
-    gc.freeze()  # the parent's garbage stays: onnxruntime's would wait for threads that are not here
+    gc.freeze()  # else the parent's garbage, such as onnxruntime's, waits for threads of the parent
     code = 70
     try:
         for number, name in ((1, "out"), (2, "err")):
