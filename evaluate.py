@@ -3,7 +3,8 @@
 python evaluate.py runs/synthetic
 
 Read it from `evaluate`: it calls rank_features, and that rank_by, which computes average precision.
-As a library: load_embedder("runs/synthetic") turns photos into embeddings, rank_metrics ranks.
+As a library: load_embedder("runs/synthetic") turns photos into embeddings, and its
+model.similarity compares them.
 
 Shapes: Q queries, G gallery samples, N samples of a split, B of a batch, D width of an embedding.
 """
@@ -60,7 +61,8 @@ def rank_metrics(
 ) -> RankMetrics:
     """Rank the gallery (G, D) for every query (Q, D) by cosine; see rank_by.
 
-    Features need not be normalised. pids and keys (camera or scene) are int64, (Q,) and (G,).
+    Features need not be normalised; those of extras/weighted.py are not compared by cosine. pids
+    and keys (camera or scene) are int64, (Q,) and (G,).
     """
     # The query's norm does not change its order
     query, gallery = query.detach().float(), F.normalize(gallery.detach().float())
@@ -207,13 +209,13 @@ class Embedder:
 
     def __post_init__(self):
         fusion = self.model.config.fusion
-        if self.features == "data" and fusion != "graft":
-            raise UserError(f"--features data: a model with --fusion {fusion} has no data tokens")
-        if self.features == "bnneck" and fusion == "hamnet":
-            raise UserError("--features bnneck: HAMNet has no BNNeck")
         if self.features != "bnneck" and fusion.startswith("weighted"):
             text = f"--features {self.features}: --fusion {fusion} compares behind its BNNecks"
             raise UserError(f"{text}; expected bnneck")
+        if self.features == "data" and fusion not in ("graft", "weighted"):
+            raise UserError(f"--features data: a model with --fusion {fusion} has no data tokens")
+        if self.features == "bnneck" and fusion == "hamnet":
+            raise UserError("--features bnneck: HAMNet has no BNNeck")
         self.model = self.model.to(self.device)
         self.workers = runtime.default_workers() if self.workers is None else self.workers
         self.normalise = data.Normalise(self.mean, self.std, self.device)
@@ -230,10 +232,8 @@ class Embedder:
         """
         photos = [photos] if isinstance(photos, dict) else photos
         photos = [self.model.ordered(photo) for photo in photos]
-        size, embeddings = (
-            self.model.config.image_size,
-            torch.zeros(len(photos), self.model.embedding_width),
-        )
+        size = self.model.config.image_size
+        embeddings = torch.zeros(len(photos), self.model.embedding_width)
         self.model.eval()
         for indices in batches_alike(photos):
             images = {
@@ -255,8 +255,10 @@ class Embedder:
         return self.for_each(split, self.model.width, lambda images: self.model(images).fusion)
 
     def features_of(self, images: dict[str, Tensor], flip: bool = False) -> Tensor:
-        """Embeddings (B, D) of normalised images; with `flip`, of the mean of the tokens of images
-        and mirror images."""
+        """Embeddings (B, D) of normalised images.
+
+        With `flip`, of the mean of the tokens of images and mirror images.
+        """
         embeddings = self.model(images)
         if flip:
             mirrored = {modality: image.flip(-1) for modality, image in images.items()}

@@ -100,8 +100,8 @@ class GraFTLoss(nn.Module):
     """The total loss, Eq. (10): alpha * triplet + beta * center + gamma * cross-entropy.
 
     `scheme` names the tokens that stand for anchor, positive and negative: F fusion, D data
-    (section 4.3); "hardest" is ours, and "contrastive" says that the model has losses of its own,
-    see extras/weighted.py. Cross-entropy and center loss see the fusion token, which is the
+    (section 4.3); "hardest" is ours, and "contrastive" is for extras/weighted.py alone, which has
+    losses of its own. Cross-entropy and center loss see the fusion token, which is the
     embedding of section 3.4, whatever the scheme (see D16).
     """
 

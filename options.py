@@ -57,7 +57,7 @@ PAPER = {  # data set -> what the paper's recipe changes for it
     "wmveid863": {"image_size": (128, 256)},
     "market1501": PERSONS,
 }
-PLUS = {  # ours: known re-ID techniques together; experiments.ablate --table plus
+PLUS = {  # ours: confidences, and known re-ID techniques; experiments.ablate --table plus
     "fusion": "weighted",
     "batch_size": 26,  # 78 images: 13 identities x 6
     "triplet": "contrastive",
@@ -76,25 +76,6 @@ PLUS_SYNTHETIC = {
     "epochs": (1, 4),
     "epoch_steps": (60, 0),  # frozen for 60 steps, until the new parts have warmed up
 }
-PLUS_REAL = {  # chosen on RGB and thermal photos of streets, see experiments.scenes
-    "backbone": "timm:vit_small_patch14_dinov2.lvd142m",  # has seen all kinds of real photos
-    "image_size": (56, 112),
-    "positives": 1,
-    "warmup_steps": 30,
-    "epochs": (10, 1),
-    "lr": (1e-3, 5e-5),  # stage 2's is low, so that the backbone keeps what it knows
-    "weight_decay": (0.05, 0.05),
-    "adam_betas": (0.9, 0.98, 0.9, 0.98),
-    "flips": (0.5, 0.0),
-    "erase": 0.0,
-}
-# Not run on these: images as large as their authors', in patches of 14, and pad by 10 and crop
-BENCHMARK = {"image_size": (126, 252), "pad": 10}
-PLUS_OF = {
-    "synthetic": PLUS_SYNTHETIC,
-    **dict.fromkeys(("folder", "csv"), PLUS_REAL),
-    **dict.fromkeys(("rgbnt201", "market1501"), PLUS_REAL | BENCHMARK | {"image_size": (252, 126)}),
-}
 OWN = {  # ours, for a user's photos without a GPU; chosen on RGB and thermal photos of streets
     "backbone": "timm:vit_small_patch14_dinov2.lvd142m",  # has seen all kinds of real photos
     "image_size": (56, 112),
@@ -106,6 +87,19 @@ OWN = {  # ours, for a user's photos without a GPU; chosen on RGB and thermal ph
     # As for the synthetic set, which has as few steps; not compared with the paper's here
     "flips": (0.5, 0.0),
     "erase": 0.0,
+}
+PLUS_REAL = {  # chosen on the same photos, see experiments.scenes
+    **OWN,
+    "epochs": (10, 1),
+    "weight_decay": (0.05, 0.05),
+    "adam_betas": (0.9, 0.98, 0.9, 0.98),
+}
+# Not run on these: images as large as their authors', in patches of 14, and pad by 10 and crop
+BENCHMARK = {"image_size": (126, 252), "pad": 10}
+PLUS_OF = {
+    "synthetic": PLUS_SYNTHETIC,
+    **dict.fromkeys(("folder", "csv"), PLUS_REAL),
+    **dict.fromkeys(("rgbnt201", "market1501"), PLUS_REAL | BENCHMARK | {"image_size": (252, 126)}),
 }
 
 
@@ -120,6 +114,7 @@ def recipe(name: str, dataset: str, fusion: str) -> dict:
         changes |= runtime.imported("experiments.hamnet.recipe")(dataset)
     elif fusion in WEIGHTED:  # which have no other losses and features
         changes |= {"cross_entropy": "all", "beta": (0.0, 0.0), "features": "bnneck"}
+        changes["batch_size"] = PLUS["batch_size"]
     elif name == "plus":
         changes["triplet"] = "hardest"  # the same batches
     return changes
@@ -157,7 +152,7 @@ def make_parser() -> runtime.Parser:
         " the defaults shown\nare those of the --dataset and --recipe given before --help.",
         prog="train.py",
     )
-    text = "plus: our own, of known re-ID techniques; own: for photos of your own, without a GPU"
+    text = "plus: our own, sensors count by confidence; own: for your own photos, without a GPU"
     parser.add_argument("--recipe", choices=("paper", "plus", "own"), default="paper", help=text)
     add_data_options(parser.add_argument_group("data"))
     add_model_options(parser.add_argument_group("model"))
@@ -190,7 +185,8 @@ def add_model_options(group) -> None:
     add("--backbone", default="deit-b", metavar="NAME", help=text)
     text = "a file, a run's folder, pretrained (download the release; paper, 3.2) or none (random)"
     add("--backbone-weights", default="pretrained", metavar="FILE", help=text)
-    add("--fusion", choices=FUSIONS, default="graft", help="GraFT, or a baseline of the tables")
+    text = "GraFT, a baseline of the tables, or weighted, plus's model"
+    add("--fusion", choices=FUSIONS, default="graft", help=text)
     add(
         "--fusion-tokens",
         type=whole(1, 1000),
@@ -206,7 +202,7 @@ def add_loss_options(group) -> None:
     add, pair = group.add_argument, partial(group.add_argument, action=Pair)
     text = (
         "tokens of anchor, positive and negative (paper, 4.3; default: FFD, baselines FFF);"
-        " hardest: batch-hard triplets; contrastive: the loss of --fusion weighted alone"
+        " hardest: batch-hard triplets; contrastive: --fusion weighted's loss, without triplets"
     )
     add("--triplet", choices=(*SCHEMES, *BY_IDENTITY), help=text)
     add(
@@ -216,7 +212,8 @@ def add_loss_options(group) -> None:
     )
     text = "classify the anchors alone (paper, 3.4), or all samples"
     add("--cross-entropy", choices=("anchors", "all"), default="anchors", help=text)
-    add("--alpha", type=real(0), default=0.5, help="weight of the triplet loss; paper, 4.2")
+    text = "weight of triplet and contrastive loss; paper, 4.2"
+    add("--alpha", type=real(0), default=0.5, help=text)
     pair(
         "--beta", type=real(0), default=(0.0, 0.0005), help="weight of the center loss; paper, 4.2"
     )
@@ -246,7 +243,10 @@ def add_optimisation_options(group) -> None:
     )
     text = "triplets of a step, over all ranks; paper, 5.2: 8 x 26"
     add("--batch-size", type=whole(1), default=208, help=text)
-    text = "triplets that a GPU takes at once; a larger share is taken in several passes"
+    text = (
+        "triplets that a GPU takes at once; a larger share is taken in several passes, of which"
+        " hardest and contrastive losses see one at a time"
+    )
     add("--per-pass", type=whole(1), default=26, help=text)
     pair("--lr", type=real(0), default=(2.54e-5, 5e-6), help="peak learning rate; paper, 5.2")
     pair("--backbone-lr", type=real(0), default=(None, None), help="the backbone's (default: --lr)")
@@ -376,9 +376,9 @@ class Stage:
 def check_combinations(args: argparse.Namespace) -> None:
     """Raise UserError for options that contradict one another."""
     fusion, hamnet = args.fusion, args.fusion == "hamnet"
-    graft = fusion in ("graft", "weighted")
     before_patches = 2 if args.backbone in BACKBONES else 1  # CLS and distillation token
     first_patch = args.data_token + args.fusion_tokens > before_patches  # is among the tokens
+    with_tokens = ("graft", "weighted")  # of fusion; data tokens are GraFT's alone
     if args.backbone not in (*BACKBONES, *RESNETS) and not args.backbone.startswith("timm:"):
         known = ", ".join((*BACKBONES, *RESNETS))
         raise UserError(f"--backbone {args.backbone}: expected {known} or timm:NAME")
@@ -391,10 +391,12 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(
             "--beta, --patch-dropout: HAMNet has no centroids and no patches; expected 0"
         )
-    if not graft and (args.fusion_tokens > 1 or args.data_token > 0):
-        raise UserError(
-            f"--fusion-tokens, --data-token: --fusion {fusion} has none; leave them out"
-        )
+    if fusion not in with_tokens and args.fusion_tokens > 1:
+        raise UserError(f"--fusion-tokens: --fusion {fusion} has none; leave it out")
+    if fusion != "graft" and args.data_token > 0:
+        raise UserError(f"--data-token: --fusion {fusion} uses none; leave it out")
+    if args.triplet == "contrastive" and args.plain_distance:
+        raise UserError("--plain-distance: --triplet contrastive has no distances; leave it out")
     if args.recipe == "own" and args.dataset not in ("folder", "csv"):
         raise UserError(f"--recipe own: is for --dataset folder and csv, not {args.dataset}")
     if args.triplet in BY_IDENTITY and args.cross_entropy != "all":
@@ -406,7 +408,7 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(f"--triplet contrastive: is for --fusion weighted, not {fusion}")
     if fusion in WEIGHTED and any(args.beta):
         raise UserError(f"--beta: --fusion {fusion} has no centroids; expected 0")
-    if graft and any(args.patch_dropout) and first_patch:
+    if fusion == "graft" and any(args.patch_dropout) and first_patch:
         raise UserError(f"--data-token {args.data_token}: --patch-dropout may leave that patch out")
 
 
@@ -414,5 +416,9 @@ def from_checkpoint(stored: dict) -> argparse.Namespace:
     """Settings in a checkpoint as `parse` gives them; what an older version lacked is default."""
     chosen = {"dataset": "synthetic", "recipe": "paper", "fusion": "graft"}
     words = [[f"--{name}", stored.get(name, default)] for name, default in chosen.items()]
+    if stored.get("modality_losses"):
+        raise UserError(
+            "a run of an older --recipe plus: it can be evaluated; to go on, train anew"
+        )
     newest = parse([word for pair in words for word in pair])
     return complete(argparse.Namespace(**{**vars(newest), **stored}))

@@ -251,7 +251,7 @@ STAGES = [
 SMALL_VIT = "--backbone-weights weights/vit-small-rgb"
 COARSE = "--image-size 64 128 --patch-dropout 0 0.5"
 WITHOUT = [
-    Row("without confidences: Eq. (6), batch-hard triplets alone", "--fusion graft"),
+    Row("Eq. (6) in place of confidences, with center loss", "--fusion graft"),
     Row("without batch-hard triplets", "--triplet contrastive"),
     Row("on images of 64x128, not scaled up", COARSE, backbone="small"),
     Row("with the default's backbone", f"{SMALL_VIT}.pth", backbone="small"),
@@ -306,7 +306,7 @@ TABLES = {
     "stages": Table("Section 4, stages and the center loss", STAGES),
     "test": Table("Beyond the paper: mirrored images, re-ranking", LOOKS),
     "choices": Table("Where the paper is silent or its code differs (D1 to D26)", CHOICES, True),
-    "plus": Table("Beyond the paper: our recipe, and without each of its parts", PARTS_OF_PLUS),
+    "plus": Table("Beyond the paper: our recipe, and without some of its parts", PARTS_OF_PLUS),
     "scenes": Table("Beyond the paper: real photos of which a sensor often shows nothing", SCENES),
     "missing": Table("Beyond the paper: trained on all sensors, tested on those named", MISSING),
 }

@@ -80,7 +80,7 @@ CLAIMS = [
     *fusion_claims("a new CLS token", "Table 5", CLS),
     *fusion_claims("averaged tokens", "Table 5", AVERAGE),
     *fusion_claims("the mean of the sensors' CLS tokens", "-", LATE),
-    Claim("plus is ahead of plus without encoders", "-", PLUS, f"{PLUS} --fusion weighted-late"),
+    Claim("plus is ahead of itself without encoders", "-", PLUS, f"{PLUS} --fusion weighted-late"),
 ]
 averaged = "averaged tokens are ahead of a CLS token"
 for loss, text in (("", "FFF"), (NONE, "without triplet loss")):

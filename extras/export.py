@@ -22,7 +22,7 @@ import evaluate
 import runtime
 from runtime import UserError
 
-TOLERANCE = 1e-3  # between onnxruntime and PyTorch, of the numbers of a normalised embedding
+TOLERANCE = 1e-3  # between onnxruntime and PyTorch, of the numbers of an embedding
 BATCH_SIZES = (1, 5)  # that are compared; the graph is traced with another one
 
 

@@ -354,6 +354,7 @@ LOSSES = {  # label -> name in the log, option that holds its weight
     "gamma x cross-entropy": ("cross_entropy", "gamma"),
     "alpha x contrastive": ("contrastive", "alpha"),  # these of --fusion weighted
     "gamma x cross-entropy of each sensor": ("sensors", "gamma"),
+    "confidence": ("confidence", ""),
 }
 
 
@@ -389,7 +390,7 @@ def panels_of(steps: list[dict], settings: dict) -> list[dict]:
     losses = {"loss": (x, [step["loss"] for step in steps])}
     top = max(losses["loss"][1])
     for label, (name, option) in LOSSES.items():
-        weights = settings.get(option, 0.0)
+        weights = settings.get(option, 0.0) if option else 1.0
         weights = weights if isinstance(weights, list) else [weights] * 2  # of stages 1 and 2
         # Weighted, the parts add up to the loss, and show what trains the model
         y = np.array([weights[step["stage"] > 1] * step.get(name, 0.0) for step in steps])

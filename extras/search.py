@@ -7,9 +7,9 @@ The photos of one sample have the same name in the folders of its modalities; a 
 some. To ask several queries at once, list their photos one query after the other: the next query
 begins where a modality comes again, so rgb=a.jpg rgb=b.jpg are two.
 
-gallery.npz holds plain arrays: features (N, D), float32, L2-normalised, so that their products are
-cosines; names (N,); files (N, M), "" where a modality is absent; modalities (M,); model, the sha256
-of the checkpoint.
+gallery.npz holds plain arrays: features (N, D), float32, the embeddings; names (N,); files (N, M),
+"" where a modality is absent; modalities (M,); model, the sha256 of the checkpoint. Products of
+embeddings are cosines, except those of extras/weighted.py, where M + 1 shares end each.
 """
 
 import argparse

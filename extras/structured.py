@@ -74,7 +74,7 @@ def shrink(model: MultiModalModel, keep: int) -> MultiModalModel:
         state[mlp + "fc1.bias"] = state[mlp + "fc1.bias"][channel]
         state[mlp + "fc2.weight"] = state[mlp + "fc2.weight"][:, channel]
     smaller.load_state_dict(state)
-    return smaller.to(model.classifier.weight.device)
+    return smaller.to(next(model.parameters()).device)
 
 
 def strongest(norms: list[Tensor], count: int, multiple: int = 1) -> list[Tensor]:

@@ -34,18 +34,21 @@ def draw(embedder: evaluate.Embedder, split: data.Split, path: str | Path, seed:
         panels["embeddings from one sensor alone"] = [part for part in alone if len(part)]
     points_of = {}
     for title, parts in panels.items():
-        points = embed_2d(torch.cat([embedder.embed(part) for part in parts]), seed)
+        x = torch.cat([embedder.embed(part) for part in parts])
+        points = embed_2d(embedder.model.similarity(x, x), seed)
         ends = np.cumsum([len(part) for part in parts])
         points_of[title] = list(zip(parts, np.split(points, ends[:-1]), strict=True))
     plot(points_of, pids, path)
 
 
-def embed_2d(x: Tensor, seed: int) -> np.ndarray:
-    """(N, D) -> (N, 2) by t-SNE (van der Maaten, Hinton 2008)."""
+def embed_2d(similarity: Tensor, seed: int) -> np.ndarray:
+    """(N, N) -> (N, 2) by t-SNE (van der Maaten, Hinton 2008)."""
     from sklearn.manifold import TSNE
 
-    perplexity = min(30, (len(x) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x.numpy())
+    distance = (1 - similarity).clamp(min=0).fill_diagonal_(0)
+    options = {"metric": "precomputed", "init": "random", "random_state": seed}
+    perplexity = min(30, (len(distance) - 1) / 3)
+    return TSNE(perplexity=perplexity, **options).fit_transform(distance.numpy())
 
 
 def plot(panels: dict[str, list], pids: list[int], path: str | Path) -> None:

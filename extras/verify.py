@@ -5,7 +5,7 @@ python -m extras.verify CKPT --fmr 1e-2 --calibrate-on DIR     and threshold.jso
 
 A pair is a query and a gallery sample. Genuine pairs show one identity, seen by different cameras
 (pairs of one camera are left out, as in the ranking); impostor pairs show two identities. A pair
-matches if its similarity (cosine) reaches the threshold. FMR, the false-match rate, is the share of
+matches if its similarity reaches the threshold. FMR, the false-match rate, is the share of
 impostor pairs that match; TPR is the share of genuine pairs that match.
 
 Shapes: Q queries, G gallery samples, I identities, T thresholds.
@@ -266,7 +266,7 @@ def draw(rates: Rates, chosen: dict | None, path: Path) -> None:
         "lines": lines,
         "bands": {f"_{label}": (x, 0 * y, y) for label, (x, y) in lines.items()},
         "marks": {"threshold": chosen["threshold"]} if chosen else {},
-        "xlabel": "similarity (cosine)",
+        "xlabel": "similarity",
         "ylabel": "share of the pairs (%)",
     }
     pictures.chart([roc, histograms], path)

@@ -51,7 +51,7 @@ class Weighted(MultiModalModel):
             logits = {view: self.confidence[view](token)[:, 0] for view, token in tokens.items()}
         return necks, logits
 
-    def embedding(self, embeddings: Embeddings, features: str = "bnneck") -> Tensor:
+    def embedding(self, embeddings: Embeddings, features: str) -> Tensor:
         """Each view's unit vector times its share, then all shares: (B, V * D + V)."""
         necks, logits = self.seen(embeddings)
         return self.join(necks, {view: logit.sigmoid() + FLOOR for view, logit in logits.items()})
@@ -76,9 +76,9 @@ class Weighted(MultiModalModel):
         """alpha * contrastive loss + gamma * cross-entropy + what the confidences learn from.
 
         Labels are those of all samples (B,). With `--triplet hardest` batch-hard triplets are added
-        to the contrastive loss: on the synthetic set they help, but on photos of which some show
-        nothing the hardest positive is always such a photo, and all is lost. No gradient flows from
-        a loss into the confidences that weigh it.
+        to the contrastive loss. On photos of which some show nothing that ruins all, since the
+        hardest positive is always such a photo. No gradient flows from a loss into the confidences
+        that weigh it.
         """
         necks, logits = self.seen(embeddings)
         confidence, entropy, unsure = {}, {}, []
@@ -97,9 +97,10 @@ class Weighted(MultiModalModel):
         contrastive = self.contrastive(vectors, runtime.all_rows(labels, rank_sizes))
         of_mean = entropy.pop("mean")
         of_sensors = torch.stack(list(entropy.values())).mean()
-        loss = criterion.alpha * contrastive + criterion.gamma * (of_mean + of_sensors)
-        loss = loss + sum(unsure) / len(entropy)
+        learned = sum(unsure) / len(entropy)
+        loss = criterion.alpha * contrastive + criterion.gamma * (of_mean + of_sensors) + learned
         terms = {"contrastive": contrastive, "cross_entropy": of_mean, "sensors": of_sensors}
+        terms["confidence"] = learned
         if criterion.scheme == "hardest":
             own = embeddings.fusion_of.values()
             own = [criterion.triplet(tokens, tokens, labels, rank_sizes) for tokens in own]
@@ -111,8 +112,8 @@ class Weighted(MultiModalModel):
     def contrastive(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """Supervised contrastive loss (Khosla et al. 2020) of this similarity; a scalar.
 
-        A positive counts by how far the two samples see the same, so that a capture in which no
-        sensor sees is drawn to nothing.
+        A positive counts by how far the two are seen in the same views: one that RGB alone saw and
+        one that thermal alone saw are hardly drawn together.
         """
         V, itself = len(self.views), torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         both = vectors[:, -V:] @ vectors[:, -V:].T

@@ -76,7 +76,13 @@ QUICK = ["--keep", 0.5, "--rounds", 1, "--device", "cpu", "--epoch-steps", 1]
 
 @pytest.mark.parametrize(
     "model, more",
-    [("graft", []), ("multistream", []), ("hamnet", []), ("graft", ["--structured"])],
+    [
+        ("graft", []),
+        ("multistream", []),
+        ("hamnet", []),
+        ("graft", ["--structured"]),
+        ("plus", ["--structured"]),
+    ],
     indirect=["model"],
 )
 def test_pruned(model, more, tmp_path):

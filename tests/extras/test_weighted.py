@@ -38,8 +38,8 @@ def shares(model, embeddings: Embeddings) -> dict:
 def test_similarity_view_by_view(model, sides):
     query, gallery = tokens(*sides[0], count=4), tokens(*sides[1])
     model.eval()
-    found = model.similarity(model.embedding(query), model.embedding(gallery))
-    assert model.embedding(query).shape == (4, model.embedding_width)
+    found = model.similarity(model.embedding(query, "bnneck"), model.embedding(gallery, "bnneck"))
+    assert model.embedding(query, "bnneck").shape == (4, model.embedding_width)
     q, g = shares(model, query), shares(model, gallery)
     for i in range(4):
         for j in range(6):
@@ -53,7 +53,7 @@ def test_similarity_view_by_view(model, sides):
                 above = above + both * F.cosine_similarity(a[i], b[j], dim=0)
                 below = below + both
             torch.testing.assert_close(found[i, j], above / below)
-    itself = model.similarity(*[model.embedding(query)] * 2)
+    itself = model.similarity(*[model.embedding(query, "bnneck")] * 2)
     torch.testing.assert_close(itself.diag(), torch.ones(4))
 
 
@@ -66,14 +66,14 @@ def test_a_sensor_without_confidence_is_not_heard(model):
     noise = Embeddings(
         *(torch.randn(6, 24),) * 2, embeddings.fusion_of | {"tir": torch.randn(6, 24)}
     )
-    a, b = model.embedding(embeddings), model.embedding(noise)
+    a, b = model.embedding(embeddings, "bnneck"), model.embedding(noise, "bnneck")
     torch.testing.assert_close(model.similarity(a, a), model.similarity(a, b), atol=1e-3, rtol=0)
 
 
 def test_the_contrastive_loss_by_brute_force(model):
     model.eval()
     embeddings, labels = tokens("rgb", "tir"), torch.tensor([0, 0, 1, 1, 1, 2])  # 2 is alone
-    vectors = model.embedding(embeddings)
+    vectors = model.embedding(embeddings, "bnneck")
     similarity, share = model.similarity(vectors, vectors), shares(model, embeddings)
     losses = []
     for i in range(6):
