@@ -267,6 +267,11 @@ PARTS_OF_PLUS = [
 BOTH_AND_EACH = [Row("both"), *(Row(name, test=f"--modalities {name}") for name in ("rgb", "tir"))]
 SCENES = [
     *on("--recipe own", BOTH_AND_EACH, ", the paper's losses"),
+    *on(
+        "--recipe own --epochs 10 1",
+        BOTH_AND_EACH,
+        ", the paper's losses, in as many steps as plus",
+    ),
     *on(PLUS, BOTH_AND_EACH, ", plus"),
 ]
 LOOKS = [
