@@ -378,7 +378,6 @@ def check_combinations(args: argparse.Namespace) -> None:
     fusion, hamnet = args.fusion, args.fusion == "hamnet"
     before_patches = 2 if args.backbone in BACKBONES else 1  # CLS and distillation token
     first_patch = args.data_token + args.fusion_tokens > before_patches  # is among the tokens
-    with_tokens = ("graft", "weighted")  # of fusion; data tokens are GraFT's alone
     if args.backbone not in (*BACKBONES, *RESNETS) and not args.backbone.startswith("timm:"):
         known = ", ".join((*BACKBONES, *RESNETS))
         raise UserError(f"--backbone {args.backbone}: expected {known} or timm:NAME")
@@ -391,7 +390,7 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(
             "--beta, --patch-dropout: HAMNet has no centroids and no patches; expected 0"
         )
-    if fusion not in with_tokens and args.fusion_tokens > 1:
+    if fusion not in ("graft", "weighted") and args.fusion_tokens > 1:
         raise UserError(f"--fusion-tokens: --fusion {fusion} has none; leave it out")
     if fusion != "graft" and args.data_token > 0:
         raise UserError(f"--data-token: --fusion {fusion} uses none; leave it out")

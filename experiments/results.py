@@ -18,6 +18,7 @@ from pathlib import Path
 import runtime
 from experiments import ablate, ffd, reach, verdicts
 from experiments.tables import TABLES
+from extras import pairs
 from runtime import UserError, markdown
 
 BLOCK = re.compile(r"(<!-- (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -34,17 +35,6 @@ def speed(content: dict) -> str:
 def gpu(content: dict) -> str:
     rows = [[row["what"], f"{row['value']:.3g} {row['unit']}"] for row in content["rows"]]
     return markdown([["what", "measured"], *rows])
-
-
-def pairs(content: dict) -> str:
-    """mAP / Rank-1: a row for the query's sensors, a column for the gallery's."""
-    cells: dict[str, dict[str, str]] = {}
-    for name, metrics in content.items():
-        asking, _, answering = name.partition(" > ")
-        shown = f"{100 * metrics['mAP']:.1f} / {100 * metrics['R1']:.1f}"
-        cells.setdefault(asking, {})[answering or asking] = shown
-    head = ["query, gallery:", *next(iter(cells.values()))]
-    return markdown([head, *([asking, *row.values()] for asking, row in cells.items())])
 
 
 def runs(content: dict) -> str:
@@ -81,7 +71,7 @@ KINDS = {  # block -> its file, if it does not name one, and what makes a table 
     "ffd": ("ffd", ffd.table),
     "speed": ("bench", speed),
     "gpu": ("bench-gpu", gpu),
-    "pairs": ("pairs", pairs),
+    "pairs": ("pairs", pairs.table),
     "reach": ("reach", reach.table),
     "runs": ("", runs),
     "rows": ("", rows),

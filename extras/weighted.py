@@ -4,7 +4,7 @@ Eq. (6) takes the plain mean over the sensors, so one that sees nothing, as a ca
 in noise with the weight of a good one. Here the fusion token of each sensor, and their mean, is a
 view of the sample. A view has a BNNeck, a classifier, and a confidence from 0 to 1: how probable
 its classifier finds the right identity. Two samples are compared in all views that both have. A
-view counts by its share s of the squared confidences in either sample:
+view counts by s, its share of a sample's squared confidences, of both samples:
 
     similarity = sum_v s_v(q) s_v(g) cos(f_v(q), f_v(g)) / sum_v s_v(q) s_v(g)
 
@@ -102,10 +102,9 @@ class Weighted(MultiModalModel):
         terms = {"contrastive": contrastive, "cross_entropy": of_mean, "sensors": of_sensors}
         terms["confidence"] = learned
         if criterion.scheme == "hardest":
-            own = embeddings.fusion_of.values()
-            own = [criterion.triplet(tokens, tokens, labels, rank_sizes) for tokens in own]
-            of_mean = criterion.triplet(embeddings.fusion, embeddings.data, labels, rank_sizes)
-            terms["triplet"] = of_mean + torch.stack(own).mean()
+            tokens = (embeddings.fusion, *embeddings.fusion_of.values())
+            mean, *sensors = (criterion.triplet(x, x, labels, rank_sizes) for x in tokens)
+            terms["triplet"] = mean + torch.stack(sensors).mean()
             loss = loss + criterion.alpha * terms["triplet"]
         return {"loss": loss, **terms}
 

@@ -149,3 +149,9 @@ def test_resuming_takes_the_stored_settings_and_what_changes_no_result():
 def test_resuming_with_another_value_is_refused(option):
     with pytest.raises(UserError, match=f"{option.split()[0]} .*: the run in here has"):
         resume(option, "--lr 1e-3")
+
+
+def test_a_run_of_an_older_plus_cannot_go_on():
+    assert options.from_checkpoint({"modality_losses": 0.0}).fusion == "graft"
+    with pytest.raises(UserError, match="it can be evaluated; to go on, train anew"):
+        options.from_checkpoint({"modality_losses": 1.0})
