@@ -396,8 +396,6 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(f"--data-token: --fusion {fusion} uses none; leave it out")
     if args.triplet == "contrastive" and args.plain_distance:
         raise UserError("--plain-distance: --triplet contrastive has no distances; leave it out")
-    if args.recipe == "own" and args.dataset not in ("folder", "csv"):
-        raise UserError(f"--recipe own: is for --dataset folder and csv, not {args.dataset}")
     if args.triplet in BY_IDENTITY and args.cross_entropy != "all":
         text = f"--triplet {args.triplet}: needs labels of all samples; add --cross-entropy all"
         raise UserError(text)

@@ -264,15 +264,34 @@ PARTS_OF_PLUS = [
     Row("plus", PLUS),
     *on(PLUS, WITHOUT),
 ]
+OWN = "--recipe own"  # on DINOv2-S, whose weights --backbone-weights names
+SMALL_ON_PHOTOS = f"--backbone small {SMALL_VIT}.pth --image-size 64 128 --lr 2.5e-3 1.2e-3"
+CLAIMED = [
+    Row("GraFT, FFF", FFF),
+    Row("GraFT, no triplet loss", "--alpha 0"),
+    Row("vanilla, new CLS token, FFF", "--fusion cls"),
+    Row("vanilla, averaged token, FFF", "--fusion average"),
+    Row("Multi-Stream ViT, FFF", "--fusion multistream"),
+    Row("mean of the sensors' CLS tokens, FFF", "--fusion late"),
+    Row("mean of the sensors' CLS tokens, no triplet loss", "--fusion late --alpha 0"),
+]
 BOTH_AND_EACH = [Row("both"), *(Row(name, test=f"--modalities {name}") for name in ("rgb", "tir"))]
 SCENES = [
-    *on("--recipe own", BOTH_AND_EACH, ", the paper's losses"),
+    *on(OWN, BOTH_AND_EACH, ", the paper's losses"),
     *on(
-        "--recipe own --epochs 10 1",
+        f"{OWN} --epochs 10 1",
         BOTH_AND_EACH,
         ", the paper's losses, in as many steps as plus",
     ),
     *on(PLUS, BOTH_AND_EACH, ", plus"),
+    *on(OWN, CLAIMED),
+    *on(f"{OWN} {SMALL_ON_PHOTOS}", [Row("both, the paper's losses, small ViT")]),
+    *on(f"{PLUS} {SMALL_ON_PHOTOS}", [Row("both, plus, small ViT")]),
+]
+BRIEF = f"{OWN} --epochs 1 1 --epoch-steps 60 60"
+REAL_WEIGHTS = [
+    *on(BRIEF, [Row("GraFT, FFD"), *CLAIMED, Row("both stages unfrozen", "--frozen no no")]),
+    *on(BRIEF, [Row(f"{name}, FFD", f"--modalities {name}") for name in ("rgb", "nir", "tir")]),
 ]
 LOOKS = [
     Row("as trained"),
@@ -313,5 +332,6 @@ TABLES = {
     "choices": Table("Where the paper is silent or its code differs (D1 to D26)", CHOICES, True),
     "plus": Table("Beyond the paper: our recipe, and without some of its parts", PARTS_OF_PLUS),
     "scenes": Table("Beyond the paper: real photos of which a sensor often shows nothing", SCENES),
+    "weights": Table("Beyond the paper: the synthetic set, real pretraining", REAL_WEIGHTS),
     "missing": Table("Beyond the paper: trained on all sensors, tested on those named", MISSING),
 }
