@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 import runtime
 from runtime import UserError
@@ -343,7 +342,7 @@ def in_threads(work: Callable, items: list, doing: str) -> Iterator:
     """`ahead` on all cores, with a bar; a signal ends it at once. Raises runtime.Stopped."""
     results = ahead(work, items, runtime.num_cores())
     with runtime.deferred_signals(), closing(results):
-        for result in tqdm(results, doing, len(items), leave=False, disable=None):
+        for result in runtime.bar(results, doing, len(items)):
             if number := runtime.noted_signal():
                 raise runtime.Stopped(
                     number, f"stopped while {doing} images: run the same command again"

@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import runtime
-from model import Embeddings, MultiModalModel, build_model, stored_config
+from model import Embeddings, GraFT, MultiModalModel, build_model, stored_config
 from runtime import UserError
 
 BATCH_SIZE = 64  # a constant, so that train.py's figures and this program's are the same digits
@@ -209,10 +208,10 @@ class Embedder:
 
     def __post_init__(self):
         fusion = self.model.config.fusion
-        if self.features != "bnneck" and fusion.startswith("weighted"):
+        if self.features != "bnneck" and hasattr(self.model, "views"):
             text = f"--features {self.features}: --fusion {fusion} compares behind its BNNecks"
             raise UserError(f"{text}; expected bnneck")
-        if self.features == "data" and fusion not in ("graft", "weighted"):
+        if self.features == "data" and not isinstance(self.model, GraFT):
             raise UserError(f"--features data: a model with --fusion {fusion} has no data tokens")
         if self.features == "bnneck" and fusion == "hamnet":
             raise UserError("--features bnneck: HAMNet has no BNNeck")
@@ -278,7 +277,7 @@ class Embedder:
         batches = batches_alike([sample.images for sample in split.samples])
         batches = batches[runtime.rank() :: runtime.world_size()]
         with closing(data.read_batches(split, batches, self.workers, self.device)) as reader:
-            progress = tqdm(reader, "embedding", len(batches), leave=False, disable=None)
+            progress = runtime.bar(reader, "embedding", len(batches))
             for indices, images in zip(batches, progress, strict=True):
                 # On the device already: a list as the index would make the host wait for the GPU
                 indices = runtime.to_device(torch.tensor(indices), self.device)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 # FFD's triplet loss vanishes to 1e-20 and below, so its gradients are denormal numbers, with which
 # Intel's CPUs compute 10 to 60 times slower. On Linux threads inherit the setting from the one that
@@ -299,6 +300,13 @@ def print0(*args, **options) -> None:
 def warn(message: str) -> None:
     # With its line's end in one piece: two threads may warn at once
     print0(f"warning: {message}\n", end="", file=sys.stderr)
+
+
+def bar(items: Iterable, doing: str, total: int) -> tqdm:
+    """tqdm's bar, of rank 0 only. Where no terminal shows it, it is written once a minute."""
+    pause = 0 if sys.stderr.isatty() else 60
+    options = {"mininterval": max(0.1, pause), "delay": pause, "disable": rank() > 0}
+    return tqdm(items, doing, total, leave=False, **options)
 
 
 @contextmanager

@@ -278,11 +278,7 @@ CLAIMED = [
 BOTH_AND_EACH = [Row("both"), *(Row(name, test=f"--modalities {name}") for name in ("rgb", "tir"))]
 SCENES = [
     *on(OWN, BOTH_AND_EACH, ", the paper's losses"),
-    *on(
-        f"{OWN} --epochs 10 1",
-        BOTH_AND_EACH,
-        ", the paper's losses, in as many steps as plus",
-    ),
+    *on(f"{OWN} --epochs 10 1", BOTH_AND_EACH, ", the paper's losses, in as many steps as plus"),
     *on(PLUS, BOTH_AND_EACH, ", plus"),
     *on(OWN, CLAIMED),
     *on(f"{OWN} {SMALL_ON_PHOTOS}", [Row("both, the paper's losses, small ViT")]),

@@ -14,6 +14,7 @@ import evaluate
 import runtime
 from extras import pictures
 from extras.pictures import Cell
+from model import GraFT
 
 STYLE = """
 body { color: #1c1c1c; font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto;
@@ -128,7 +129,7 @@ def queries(embedder: evaluate.Embedder, ranking: evaluate.Ranking, seed: int) -
         "<h2>Worst queries</h2><p>Their most similar wrong samples, and at the end the first"
         " correct match. Scroll sideways →</p>" + rows_of_cells(failures, names, "row long"),
     ]
-    if embedder.model.config.fusion in ("graft", "weighted"):
+    if isinstance(embedder.model, GraFT):
         rows = pictures.attention(embedder, query, [i for i, _ in chosen])
         sections.append(
             "<h2>Attention</h2><p>Where the fusion token attends in each sensor's encoder."

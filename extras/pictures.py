@@ -82,8 +82,8 @@ def check_subjects(
     for word in args.queries:
         if word not in ("random", "best", "worst", *names):
             raise UserError(f"--queries {word}: no query has this name; one is {names[0]}")
-    fusion = embedder.model.config.fusion
-    if args.attention and fusion not in ("graft", "weighted"):
+    if args.attention and not isinstance(embedder.model, GraFT):
+        fusion = embedder.model.config.fusion
         raise UserError(f"--attention: a model with --fusion {fusion} has no fusion tokens")
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 import runtime
 from runtime import UserError, whole
@@ -435,7 +434,7 @@ def write_dataset(out: Path, plan: Plan, workers: int = 0) -> int:
             (root / split).mkdir(parents=True)
         with runtime.deferred_signals():
             done = pool.map(partial(write_vehicle, root, plan), jobs)
-            for _ in tqdm(done, "rendering", len(jobs), unit="vehicle", disable=None):
+            for _ in runtime.bar(done, "rendering vehicles", len(jobs)):
                 if number := runtime.noted_signal():
                     raise runtime.Stopped(number, f"stopped: {out} was not made")
         (partial_out / "VERSION").write_text(f"{VERSION}\n")
