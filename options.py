@@ -144,15 +144,17 @@ class Pair(argparse.Action):
 # --- the command line
 
 
+DESCRIPTION = """\
+Train GraFT in two stages (section 4.1) and evaluate it. Two values are for stage 1 and stage 2,
+unless the text says otherwise; one value is for both. Where an option is from the paper, its help
+names the section. The defaults shown are those of the --dataset and --recipe given before --help.
+"""
+
+
 def make_parser() -> runtime.Parser:
     """Every option once: default, range, meaning, and where the default is from (else: ours)."""
-    parser = runtime.Parser(
-        "Train GraFT in two stages (section 4.1) and evaluate it. Two values are for stage 1 and"
-        " stage 2;\none value is for both. A text names the paper's section that an option is from;"
-        " the defaults shown\nare those of the --dataset and --recipe given before --help.",
-        prog="train.py",
-    )
-    text = "plus: our own, sensors count by confidence; own: for your own photos, without a GPU"
+    parser = runtime.Parser(DESCRIPTION, prog="train.py")
+    text = "plus: our extension, sensors count by confidence; own: for your photos, without a GPU"
     parser.add_argument("--recipe", choices=("paper", "plus", "own"), default="paper", help=text)
     add_data_options(parser.add_argument_group("data"))
     add_model_options(parser.add_argument_group("model"))
@@ -244,8 +246,8 @@ def add_optimisation_options(group) -> None:
     text = "triplets of a step, over all ranks; paper, 5.2: 8 x 26"
     add("--batch-size", type=whole(1), default=208, help=text)
     text = (
-        "triplets that a GPU takes at once; a larger share is taken in several passes, of which"
-        " hardest and contrastive losses see one at a time"
+        "triplets that a GPU takes at once; more are split into passes, and hardest and contrastive"
+        " losses then compare samples within a pass alone"
     )
     add("--per-pass", type=whole(1), default=26, help=text)
     pair("--lr", type=real(0), default=(2.54e-5, 5e-6), help="peak learning rate; paper, 5.2")

@@ -149,7 +149,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default, text = action.default, action.help or ""
-        if action.nargs == 0 or default is None or "(default" in text:
+        if action.nargs == 0 or default in (None, []) or "(default" in text:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
         return f"{text} (default: {shown.replace('%', '%%')})"

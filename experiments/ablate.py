@@ -4,8 +4,8 @@ python -m experiments.ablate --table 5                                        th
 python -m experiments.ablate --table 8 --dataset rgbnt100 --data-root DIR --ranks 8
 python -m experiments.ablate --rows "mine=--fusion mine" "GraFT="             rows of your own
 
-train.py's options may follow, and then hold for all rows. An interrupted call continues when it is
-given again, and a model that several rows share is trained once.
+train.py's options may follow, and then hold for all rows. After an interruption the same command
+continues. A model that several rows share is trained once.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Experiment:
         if lacking := lacking - set(known or ("rgb", "nir", "tir")):
             return f"no {' or '.join(sorted(lacking))} here"
         try:
-            parsed(self.words)
+            parsed(self.words), parsed(self.base)
         except UserError as error:
             return str(error)
         return ""
@@ -258,7 +258,8 @@ def text_of(table: Table, rows: list[Experiment], folder: Path, seeds: range) ->
     if counts := {len(runs) for _, runs in measured if runs}:
         numbers = " to ".join(map(str, sorted({min(counts), max(counts)})))
         seeds_of = "1 seed" if numbers == "1" else f"{numbers} seeds"
-        title += f"; {seeds_of}, mean ± standard deviation; {usual}"
+        spread_of = "" if numbers == "1" else ", mean ± standard deviation"
+        title += f"; {seeds_of}{spread_of}; {usual}"
     parts = [title, runtime.markdown(lines)]
     if any(row.by_construction for row in rows):
         parts.append(BY_CONSTRUCTION)

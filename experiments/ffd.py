@@ -43,9 +43,9 @@ COLUMNS = {  # of the table: name in the file -> heading, format
 CAPTION = """\
 F and F' are the fusion tokens of an anchor and its positive, D is the data token of its negative;
 norms and cosines are means over the triplets. The loss exceeds 0.001 only where cos(F, F') is below
-"acts below" (below -1: never). A gradient is a norm over fusion token and encoders, as a share of
-the cross-entropy's. "squared" and "plain" are the distances in Eq. (8); a model whose name has
-"plain" was trained with plain ones."""
+"acts below" (below -1: never). "gradient" is the norm of the triplet loss's gradient on fusion
+token and encoders, divided by that of the cross-entropy's. "squared" and "plain" are the distances
+in Eq. (8); a model whose name has "plain" was trained with plain ones."""
 
 
 def acts_below(f: float, g: float, c: float, least: float = 1e-3, *, squared: bool) -> float:
@@ -132,7 +132,7 @@ def main() -> None:
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="LABEL=CKPT", help="runs of --fusion graft")
     add("--data-root", metavar="DIR", help="folder of the data set (default: as in training)")
-    add("--json", type=Path, metavar="FILE", help="add the rows to FILE's, and print all")
+    add("--json", type=Path, metavar="FILE", help="add the rows to those in FILE, and print all")
     runtime.add_device_options(parser, precision=None)
     args = parser.parse_args()
     runtime.check_output(args.json, "--json")

@@ -1,4 +1,4 @@
-"""Train with one slip: as the published code does, or as the paper prints, where we do not.
+"""Train with one departure from our code: as the published code does it, or as the paper prints it.
 
 python -m experiments.published rgb-files --dataset synthetic --out runs/rgb-files
 

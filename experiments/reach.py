@@ -1,12 +1,12 @@
-"""Whether what a row of a table changes can reach the model's weights at all.
+"""Can the change that a row of a table makes affect the trained weights at all?
 
 python -m synthetic.render --out few/synthetic --train-ids 20 --test-ids 3 --captures 2
 python -m experiments.reach --table choices data-token positives 8 --data-root few
 
 The row's model and the one that it is compared with train from the same seed, 12 steps of 8
-triplets in each stage, in float32 on a CPU. Where no weight then differs by 1e-4, the change cannot
-reach the model, and tables call the row "by construction". train.py's options may follow, and then
-hold for all rows.
+triplets in each stage, in float32 on a CPU, and the largest difference of any weight is printed.
+It tests the rows that tables call "by construction": theirs must be below 1e-4. train.py's options
+may follow, and then hold for all rows.
 """
 
 import json
@@ -61,7 +61,7 @@ def table(rows: dict[str, dict]) -> str:
 def main() -> None:
     parser = runtime.Parser(__doc__, prog="python -m experiments.reach")
     parser.add_argument("--table", choices=TABLES, nargs="+", required=True)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to FILE's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to those in FILE")
     args, common = parser.parse_known_args()
     runtime.check_output(args.json, "--json")
     kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}

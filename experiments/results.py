@@ -5,7 +5,7 @@ python -m experiments.results results results/TABLES.md RESULTS.md
 `<!-- 8 -->` and `<!-- end -->` enclose Table 8 of ablate, made of the files in DIR. train.py's
 options for all rows may follow its name (`<!-- 8 --data-root second -->`); then only the rows that
 have runs are listed. Other blocks are
-    verdicts                                 the paper's claims, judged
+    verdicts, across                         the paper's claims, judged; in several settings
     ffd, reach, speed, gpu, pairs            each from its own file in DIR
     machines OTHER                           the models that are both in DIR and in DIR/OTHER
     runs NAME, rows NAME                     DIR/NAME.json: label -> its runs; a list of rows
@@ -86,6 +86,8 @@ def block(text: str, folder: Path) -> str:
     if key == "verdicts":
         note = f"{verdicts.STATISTICS}\n\n" if not common else ""
         return note + markdown(verdicts.table_of(common, folder))
+    if key == "across":
+        return markdown(verdicts.across(folder))
     if key in TABLES:
         rows = [ablate.Experiment(row, common) for row in TABLES[key].rows]
         if common:  # e.g. another draw of vehicles, on which not all rows were run
@@ -94,7 +96,7 @@ def block(text: str, folder: Path) -> str:
         title, rest = text.split("\n\n", 1)
         return f"**{title}**\n\n{rest}"
     if key not in KINDS:
-        expected = ", ".join([*TABLES, "verdicts", "machines", *KINDS])
+        expected = ", ".join([*TABLES, "verdicts", "across", "machines", *KINDS])
         raise UserError(f"<!-- {text} -->: no such table; expected one of {expected}")
     name, table_of = KINDS[key]
     return table_of(json.loads((folder / f"{name or common[0]}.json").read_text()))
@@ -108,7 +110,7 @@ def filled(document: str, folder: Path) -> str:
 def main() -> None:
     parser = runtime.Parser(__doc__, prog="python -m experiments.results")
     add = parser.add_argument
-    add("results", type=ablate.kept_folder, metavar="DIR", help="of ablate's --keep")
+    add("results", type=ablate.kept_folder, metavar="DIR", help="filled by ablate --keep")
     add("documents", type=Path, nargs="+", metavar="FILE", help="in Markdown, with blocks")
     args = parser.parse_args()
     for document in args.documents:

@@ -1,22 +1,22 @@
 """Make a re-identification set of registered pairs of photos that have no labels.
 
 python -m experiments.scenes --pairs RoadScene --out data/scenes --contact-sheet sheet.jpg
-    --train 0 146 --test 147 220                   these scenes, not two thirds and one third
+    --train 0 99 --test 100 146                    these scenes, not two thirds and one third
 python -m experiments.scenes --pairs mine --out data/mine --sensors rgb,nir,tir
 
 Users without a data set train on the real pixels of the public repository hanna-xu/RoadScene: 221
 pairs of RGB and thermal street scenes (Xu et al. 2020; experiments/README.md has the commands).
 Owners of a rig adapt a backbone to their sensors with pairs of their own: see YOUR_DATA.md.
 
-An identity is a window of a scene. A camera is a drawn view: a change of scale, angle, place and
-exposure, with a smaller change of its own in each capture. Training and test set share the cameras,
-but no scene. Neighbours in a video show the same street, so scenes are split by ranges; they are
-numbered from 0 in the order of their names.
+An identity is a window of a scene. A camera is a random change of view (scale, angle, place) and
+of exposure, with a smaller change of its own in each capture. Training and test set share the
+cameras, but no scene. Neighbours in a video show the same street, so scenes are split by ranges;
+they are numbered from 0 in the order of their names.
 
-By construction, one sensor has what the other lacks. Of M sensors, each is blind in 1/(M+1) of the
-captures, and none in another 1/(M+1). A blind sensor shows noise alone, dark if it needs light and
-flat if not, and the file's name ends in no_rgb or no_tir. This is no benchmark: as the views are
-drawn, a window is easier to find again than an object that another camera saw.
+By construction, one sensor has what the other lacks. With M sensors, each is blind in 1/(M+1) of
+the captures; in the remaining 1/(M+1) all sensors see. A blind sensor shows noise alone, dark if it
+needs light and flat if not, and the file's name ends in no_rgb or no_tir. This is no benchmark:
+such a window is easier to find again than an object that another camera saw.
 """
 
 import io

@@ -321,7 +321,7 @@ TABLES = {
     "8": Table("Table 8, tokens of anchor, positive and negative, RGBNT100", SCHEMES),
     "fig1": Table("Fig. 1, parameters and mAP on RGBN300", FIG_1),
     "data-token": Table(DATA_TOKEN, INDICES),
-    "positives": Table("Section 5.1, positives per anchor, in equally many steps", POSITIVES),
+    "positives": Table("Section 5.1, positives per anchor, in the same number of steps", POSITIVES),
     "fusion-tokens": Table("Section 5.2, fusion tokens", FUSION_TOKENS),
     "stages": Table("Section 4, stages and the center loss", STAGES),
     "test": Table("Beyond the paper: mirrored images, re-ranking", LOOKS),

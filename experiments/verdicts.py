@@ -13,18 +13,19 @@ from scipy import stats  # requirements-dev.txt has it
 
 import runtime
 from experiments.ablate import SEEDS, Experiment, kept_folder, spread
-from experiments.tables import FFF, PAIR, PLAIN, PLUS, TABLES, Row
+from experiments.tables import BRIEF, FFF, OWN, PAIR, PLAIN, PLUS, TABLES, Row
 
 MARGIN = 2.0  # points: what "as good" may lose or gain
 STATISTICS = """\
 Each claim is judged by Student's t test, two-sided, at the 5% level: with three seeds for each row,
-a difference is significant above 2.78 standard errors. Two tests of the same trained models are
-compared seed by seed, and significant above 4.30. "As good" holds where the whole 95% interval of
-the difference lies within two points; its p, to be below 0.025, is that of a larger difference.
-"Does not show" means that the figures decide neither way. Where variances differ, Welch's test is
-safer; a verdict that it does not share says so. Of 60 tests at this level, two or three are
-significant by chance, so mind p. "Acts by" names what differs between the two rows. "By
-construction": only what the triplet loss sees differs, and that loss does nothing."""
+a difference is significant above 2.78 standard errors. Two evaluations of the same trained models
+are compared seed by seed, and there the bound is 4.30. "As good" holds where the whole 95% interval
+of the difference lies within two points; its p tests whether the true difference is larger than
+that, and must be below 0.025. "Does not show" means that the figures decide neither way. Welch's
+test is safer where variances differ; where it disagrees, the verdict says so. At this level one
+test in twenty is significant by chance, and there are more than fifty, so mind p. "Acts by" names
+what differs between the two rows. "By construction": only what the triplet loss sees differs, and
+that loss does nothing."""
 
 
 class Claim(NamedTuple):
@@ -62,11 +63,12 @@ FOUR, ONE = (of_table("positives", f"{count}, FFF") for count in (4, 1))
 def fusion_claims(name: str, where: str, flags: str) -> list[Claim]:
     """GraFT against another fusion, each by its own loss and both by the same one."""
     own, none = f"GraFT (FFD) is ahead of {name} (FFF)", f"{flags} {NONE}"
+    both = "-" if where == "-" else "Table 5"
     return [
         Claim(own, where, "", flags),
         Claim(f"{own} in Rank-1", where, "", flags, metric="R1"),
-        Claim(f"GraFT is ahead of {name}, both by FFF", "Table 5", FFF, flags),
-        Claim(f"GraFT is ahead of {name}, both without triplet loss", "Table 5", NONE, none),
+        Claim(f"GraFT is ahead of {name}, both by FFF", both, FFF, flags),
+        Claim(f"GraFT is ahead of {name}, both without triplet loss", both, NONE, none),
     ]
 
 
@@ -92,6 +94,9 @@ for names in ("rgb,nir", "nir,tir", "rgb,tir"):
     for one in names.split(","):
         single = f"--modalities {one}"
         CLAIMS.append(Claim(f"{names} are ahead of {one} alone", "Tables 6, 7", pair, single))
+for one in ("rgb", "nir", "tir"):
+    text = f"three sensors are ahead of {one} alone"
+    CLAIMS.append(Claim(text, "Table 6", "", f"--modalities {one}"))
 for distance, text in (("", ""), (PLAIN, ", by plain distances (published code)")):
     for scheme in ("FFF", "DDD", "FDD", "DFF", "DFD", "DDF", "FDF"):
         other = f"{distance} --triplet {scheme}"
@@ -128,6 +133,14 @@ UNTESTED = [
     ("DeiT-B is the better backbone", "3.2", NOT_HERE, "its weights were not at hand"),
     ("76.6 mAP on RGBNT100, 75.1 on RGBN300", "Tables 1, 2", NOT_HERE, "no such data"),
 ]
+
+# What claims are judged on: train.py's options for all rows
+PHOTOS = "--dataset folder --data-root scenes --backbone-weights dinov2-s14.pth"
+SETTINGS = {
+    "rendered vehicles, small ViT": "",
+    "rendered vehicles, DINOv2-S": f"--backbone-weights dinov2-s14.pth {BRIEF}",
+    "real photos, DINOv2-S": f"{PHOTOS} {OWN}",
+}
 
 # --- the verdicts
 
@@ -180,36 +193,58 @@ def sides(claim: Claim, common: list[str]) -> tuple[Experiment, Experiment]:
     return Experiment(first._replace(base=second.flags), common), Experiment(second, common)
 
 
+def judged(claim: Claim, common: list[str], folder: Path) -> tuple[Experiment, list, Verdict]:
+    """Its first row, the figures of both rows in percent, and the verdict."""
+    first, second = sides(claim, common)
+    figures = [
+        [100 * metrics[claim.metric] for metrics in side.figures(folder, SEEDS)]
+        for side in (first, second)
+    ]
+    complete = [values if len(values) == len(SEEDS) else [] for values in figures]
+    verdict = judge(claim, *complete, paired=first.name == second.name)
+    return first, figures, Verdict("by construction") if first.by_construction else verdict
+
+
 def table_of(common: list[str], folder: Path) -> list[list[str]]:
     """The table of verdicts; with options for all rows, only of the claims that have figures."""
     table = [["claim", "paper", "verdict", "figures", "difference ± error", "p", "acts by"]]
     for claim in CLAIMS:
-        first, second = sides(claim, common)
-        figures = [
-            [100 * metrics[claim.metric] for metrics in side.figures(folder, SEEDS)]
-            for side in (first, second)
-        ]
-        complete = [values if len(values) == len(SEEDS) else [] for values in figures]
-        verdict = judge(claim, *complete, paired=first.name == second.name)
+        first, figures, verdict = judged(claim, common, folder)
         effect, p = "-", "-"
-        if first.by_construction:
-            verdict = Verdict("by construction")
-        elif verdict.text != "-":
+        if verdict.error:
             effect = f"{verdict.difference:+.1f} ± {verdict.error:.1f}"
             p = f"{verdict.p:.3f}" if verdict.p >= 0.001 else "< 0.001"
-        elif common:
+        elif common and verdict.text == "-":
             continue
-        shown, ways = ", ".join(map(spread, figures)), first.ways or second.ways
-        table.append([claim.text, claim.where, verdict.text, shown, effect, p, ways])
+        ways = first.ways or sides(claim, common)[1].ways
+        row = [claim.text, claim.where, verdict.text, ", ".join(map(spread, figures))]
+        table.append([*row, effect, p, ways])
     if not common:
         table += [[*cells, "-", "-", "-"] for cells in UNTESTED]
+    return table
+
+
+def across(folder: Path) -> list[list[str]]:
+    """The claims that have figures in more than one setting, with the figures of both rows."""
+    table = [["claim", *SETTINGS]]
+    for claim in CLAIMS:
+        if isinstance(claim.first, Row) or isinstance(claim.second, Row):
+            continue  # depends on the data set, which need not be at hand
+        cells = []
+        for options in SETTINGS.values():
+            _, figures, verdict = judged(claim, options.split(), folder)
+            text = " and ".join(map(spread, figures))
+            text += f": {verdict.text}" if verdict.text != "-" else ""
+            cells.append(text if all(figures) else "-")
+        if cells.count("-") < len(cells) - 1:
+            table.append([claim.text, *cells])
     return table
 
 
 @runtime.program
 def main() -> None:
     parser = runtime.Parser(__doc__, prog="python -m experiments.verdicts")
-    parser.add_argument("results", type=kept_folder, metavar="DIR", help="of ablate's --keep")
+    parser.add_argument("results", type=kept_folder, metavar="DIR", help="filled by ablate --keep")
     args, common = parser.parse_known_args()
     print(f"{STATISTICS}\n\n{runtime.markdown(table_of(common, args.results))}")
 

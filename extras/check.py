@@ -5,8 +5,6 @@ python -m extras.check --dataset folder --data-root mine
 
 Errors prevent training or evaluation; only they make the exit code 2. Warnings cost samples or
 accuracy. Notes need no action.
-
-Shapes: N samples, H height, W width.
 """
 
 import sys
@@ -23,6 +21,8 @@ from torch import Tensor
 import data
 import runtime
 from runtime import UserError
+
+# Shapes: N samples, H height, W width
 
 LOOKED_AT = 200  # samples, evenly spread, by which the alignment of the sensors is measured
 SIDE = 128  # pixels of their longer side

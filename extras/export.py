@@ -5,8 +5,8 @@ python -m extras.export runs/synthetic --out model.onnx
 The file has one input per modality, with the modality's name: uint8 RGB images (B, 3, H, W), for
 any B. Its output `embedding` (B, D), float32, is what evaluate.py ranks by; the graph normalises
 the images itself. The file's metadata are `modalities` (in the model's order), `image_size`,
-`views` (how many shares end an embedding of extras/weighted.py's models; else 0) and `model` (the
-sha256 of the checkpoint).
+`views` (with --recipe plus: how many weights of sensors an embedding ends in; else 0) and `model`
+(the sha256 of the checkpoint).
 """
 
 import argparse

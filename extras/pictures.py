@@ -2,8 +2,6 @@
 
 python -m extras.pictures runs/synthetic            draws RUN/curves.png from RUN/log.jsonl
 python -m extras.pictures runs/synthetic --html     puts everything on one page, RUN/report.html
-
-evaluate.py's picture options are declared, checked and drawn here.
 """
 
 import argparse
@@ -412,7 +410,7 @@ def panels_of(steps: list[dict], settings: dict) -> list[dict]:
 @runtime.program
 def main() -> None:
     parser = evaluate.make_parser(__doc__, prog="python -m extras.pictures")
-    text = "write RUN/report.html instead: metrics, charts, ranked lists, attention, settings"
+    text = "write RUN/report.html: metrics, sensor subsets, charts, ranked lists, failures"
     parser.add_argument("--html", action="store_true", help=text)
     text = "random seed of the queries that are shown"
     parser.add_argument("--seed", metavar="N", type=runtime.whole(0), default=0, help=text)

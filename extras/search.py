@@ -8,8 +8,9 @@ some. To ask several queries at once, list their photos one query after the othe
 begins where a modality comes again, so rgb=a.jpg rgb=b.jpg are two.
 
 gallery.npz holds plain arrays: features (N, D), float32, the embeddings; names (N,); files (N, M),
-"" where a modality is absent; modalities (M,); model, the sha256 of the checkpoint. Products of
-embeddings are cosines, except those of extras/weighted.py, where M + 1 shares end each.
+"" where a modality is absent; modalities (M,); model, the sha256 of the checkpoint. The dot
+product of two embeddings is their cosine similarity. Those of --recipe plus are compared by a ratio
+instead: they end in M + 1 weights, one for each sensor and one for the sensors' mean.
 """
 
 import argparse

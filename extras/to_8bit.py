@@ -4,7 +4,8 @@ python -m extras.to_8bit mine                                   suggests ranges 
 python -m extras.to_8bit mine mine8 --low 7000 --high 9500      raw values that become 0 and 255
     --only tir                                                  only in folders of this name
 
-All other files are copied as they are. For a second range, copy the copy.
+All other files are copied as they are. For a second range, run this again on the
+copy, with --only.
 """
 
 import shutil

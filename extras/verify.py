@@ -7,8 +7,6 @@ A pair is a query and a gallery sample. Genuine pairs show one identity, seen by
 (pairs of one camera are left out, as in the ranking); impostor pairs show two identities. A pair
 matches if its similarity reaches the threshold. FMR, the false-match rate, is the share of
 impostor pairs that match; TPR is the share of genuine pairs that match.
-
-Shapes: Q queries, G gallery samples, I identities, T thresholds.
 """
 
 import argparse
@@ -25,6 +23,8 @@ import runtime
 from extras import pictures
 from extras.search import threshold_file
 from runtime import UserError
+
+# Shapes: Q queries, G gallery samples, I identities, T thresholds
 
 RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 POINTS = 512  # of a curve along each axis

@@ -8,7 +8,7 @@ from conftest import ROOT, fails, succeeds
 
 from experiments import ablate, results, verdicts
 from experiments.ablate import Experiment
-from experiments.tables import TABLES
+from experiments.tables import FFF, TABLES, Row
 from experiments.verdicts import judge
 
 AHEAD = verdicts.Claim("", "", "", "")
@@ -86,6 +86,18 @@ def test_verdicts_of_kept_figures(tmp_path):
     text = "frozen, then unfrozen is ahead of frozen in both stages"
     assert f"| {text} | 4.1 | holds |" in stdout
     assert "HAMNet" not in stdout
+
+
+def test_claims_are_listed_across_the_settings_that_have_figures(tmp_path):
+    keep(tmp_path, "triplet-FFF", 0.65, 0.66, 0.64)
+    keep(tmp_path, "fusion-cls", 0.55, 0.56, 0.54)
+    real = Experiment(Row("", FFF), verdicts.SETTINGS["rendered vehicles, DINOv2-S"].split())
+    keep(tmp_path, real.name, 0.7)
+    assert verdicts.across(tmp_path) == [["claim", *verdicts.SETTINGS]]
+    keep(tmp_path, real.name.replace("triplet-FFF", "fusion-cls"), 0.5)
+    text = "65.0 ± 1.0 and 55.0 ± 1.0: holds"
+    row = ["GraFT is ahead of a new CLS token, both by FFF", text, "70.0 and 50.0", "-"]
+    assert verdicts.across(tmp_path)[1:] == [row]
 
 
 def test_every_claim_is_of_rows_that_the_tables_train():
