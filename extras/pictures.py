@@ -395,7 +395,8 @@ def panels_of(steps: list[dict], settings: dict) -> list[dict]:
         if y.any():
             losses[label] = (x, np.where(y > 0, y, np.nan))  # a gap where the loss is not used
     axes = {"xlabel": "step", "marks": marks}
-    limits = {"yscale": "log", "ylim": (FLOOR * top, 1.5 * top)}
+    low = max(FLOOR * top, min(np.nanmin(y) for _, y in losses.values()) / 1.5)
+    limits = {"yscale": "log", "ylim": (low, 1.5 * top)}
     rates, norms = ([step[name] for step in steps] for name in ("lr", "gradient_norm"))
     return [
         {"lines": losses, "ylabel": "mean loss, weighted", **limits, **axes},
