@@ -519,8 +519,8 @@ def fetch(url: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     try:
         with runtime.rank0_first():
-            torch.hub.load_state_dict_from_url(url, weights_only=True)
-    except OSError as error:
+            torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: its hash is not that in its name
         raise UserError(
             f"{url}: cannot be downloaded ({error}); download it elsewhere and put it at {path}, or"
             " choose another file by --backbone-weights FILE (none: random weights)"

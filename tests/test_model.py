@@ -365,6 +365,14 @@ def test_deit_without_network_says_which_file_to_put_where(monkeypatch):
         load_backbone(ViT(SIZE, 16, 32, 2, 2), "pretrained")
 
 
+def test_a_download_whose_hash_is_not_that_in_its_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torch.save({}, tmp_path / "other-df68dfff.pth")
+    with pytest.raises(UserError, match="invalid hash value.*put it at"):
+        model.fetch((tmp_path / "other-df68dfff.pth").as_uri())
+    assert not list((tmp_path / "home").rglob("*.pth"))
+
+
 def test_configs_of_older_checkpoints():
     old = dict(TINY, norm_eps=1e-6, registers=0, test_token="data", bnneck_features=True)
     assert model.stored_config(old) == GraFTConfig(**TINY)
