@@ -112,9 +112,9 @@ class GraFTLoss(nn.Module):
             raise ValueError(f"triplet scheme {scheme!r}: expected one of {expected}")
         self.scheme, self.squared, self.margin = scheme, squared, None
         self.center = CenterLoss(num_ids, dim)
-        self.weights(alpha=0.5, beta=0.0, gamma=0.5, label_smoothing=0.0)
+        self.set_weights(alpha=0.5, beta=0.0, gamma=0.5, label_smoothing=0.0)
 
-    def weights(self, alpha: float, beta: float, gamma: float, label_smoothing: float) -> None:
+    def set_weights(self, alpha: float, beta: float, gamma: float, label_smoothing: float) -> None:
         """Set a stage's weights; without beta the centroids are frozen."""
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.label_smoothing = label_smoothing

@@ -444,7 +444,7 @@ def begin_stage(run: Run, stage: Stage) -> tuple[Objective, torch.optim.AdamW]:
     model.train()
     model.freeze_backbone(stage.frozen)
     model.patch_dropout = stage.patch_dropout
-    criterion.weights(args.alpha, stage.beta, args.gamma, stage.label_smoothing)
+    criterion.set_weights(args.alpha, stage.beta, args.gamma, stage.label_smoothing)
     # Once only: what the centroids have learned outlives a stage, a resume and a pruning round
     if stage.beta and not criterion.center.started:
         split = run.dataset.train

@@ -149,7 +149,7 @@ def training_step(
     model.freeze_backbone(stage.frozen)
     embedder = evaluate.Embedder(model, HALF, HALF, device, precision)
     criterion = GraFTLoss(model.config.num_ids, model.width).to(device)
-    criterion.weights(alpha, stage.beta, 0.5, stage.label_smoothing)
+    criterion.set_weights(alpha, stage.beta, 0.5, stage.label_smoothing)
     objective = train.Objective(embedder, criterion)
     optimizer = train.make_optimizer(objective, stage, center_lr=1e-3)
     images, labels = random_triplets(model.config, triplets, device)

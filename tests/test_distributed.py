@@ -45,7 +45,7 @@ def make_objective(scheme: str) -> train.Objective:
     embedder = evaluate.Embedder(model, facts, facts, device, "fp32", features=features)
     criterion = losses.GraFTLoss(5, 32, "hardest" if scheme == "contrastive" else scheme)
     beta = 0.0 if fusion == "weighted" else 0.0005
-    criterion.weights(alpha=0.5, beta=beta, gamma=0.5, label_smoothing=0.1)
+    criterion.set_weights(alpha=0.5, beta=beta, gamma=0.5, label_smoothing=0.1)
     for layer in model.classifier.modules():
         if isinstance(layer, torch.nn.Linear):  # so that gradients through BatchNorm count
             torch.nn.init.normal_(layer.weight)

@@ -80,7 +80,7 @@ def test_total_is_the_weighted_sum(embeddings):
     torch.testing.assert_close(terms["loss"], 0.5 * terms["triplet"] + 0.5 * cross_entropy)
     assert terms["center"] == 0
     assert not criterion.center.centers.requires_grad
-    criterion.weights(alpha=1.0, beta=0.1, gamma=2.0, label_smoothing=0.1)
+    criterion.set_weights(alpha=1.0, beta=0.1, gamma=2.0, label_smoothing=0.1)
     terms = criterion(embeddings, logits, labels)
     center = embeddings.fusion[:2].square().sum(1).mean()
     cross_entropy = F.cross_entropy(logits, labels, label_smoothing=0.1)

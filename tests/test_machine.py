@@ -118,7 +118,7 @@ def make_run(recipe: str, device, tmp_path, dataset=None) -> tuple[train.Run, tr
     with device:
         run.criterion = losses.GraFTLoss(78, 32, args.triplet)
     stage = args.stages[1]
-    run.criterion.weights(args.alpha, stage.beta, args.gamma, stage.label_smoothing)
+    run.criterion.set_weights(args.alpha, stage.beta, args.gamma, stage.label_smoothing)
     model.train()
     model.patch_dropout = stage.patch_dropout
     return run, train.Objective(run.embedder, run.criterion)

@@ -71,7 +71,7 @@ def test_losses_written_out(net):
     features, fused = [*embeddings.fusion_of.values()], embeddings.scores
     labels = torch.tensor([0, 0, 0, 3, 3, 3])
     criterion = GraFTLoss(C, 512, "hardest", squared=False)
-    criterion.weights(alpha=1.0, beta=0.0, gamma=1.0, label_smoothing=0.0)
+    criterion.set_weights(alpha=1.0, beta=0.0, gamma=1.0, label_smoothing=0.0)
     criterion.margin = 0.3
     nn.init.normal_(net.classifier.weight, std=0.1)
     found = net.losses(embeddings, labels, criterion)

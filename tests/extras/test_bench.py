@@ -27,7 +27,7 @@ def test_the_published_step_has_our_loss_and_gradients(stage):
     for side in (model, bench.PublishedGraFT(model)):
         side.freeze_backbone(stage.frozen)
         criterion = GraFTLoss(TINY.num_ids, TINY.dim)
-        criterion.weights(0.5, stage.beta, 0.5, stage.label_smoothing)
+        criterion.set_weights(0.5, stage.beta, 0.5, stage.label_smoothing)
         embedder = evaluate.Embedder(side, bench.HALF, bench.HALF, torch.device("cpu"), "fp32")
         loss = train.Objective(embedder, criterion).eval()(images, labels)["loss"]
         loss.backward()

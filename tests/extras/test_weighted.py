@@ -91,7 +91,7 @@ def test_the_contrastive_loss_by_brute_force(model):
 @pytest.mark.parametrize("scheme", ["contrastive", "hardest"])
 def test_the_losses_and_what_the_confidences_learn_from(model, scheme):
     criterion, labels = GraFTLoss(3, 24, scheme), torch.tensor([0, 0, 1, 1, 2, 2])
-    criterion.weights(alpha=0.3, beta=0.0, gamma=0.7, label_smoothing=0.1)
+    criterion.set_weights(alpha=0.3, beta=0.0, gamma=0.7, label_smoothing=0.1)
     embeddings = tokens("rgb", "tir")
     terms = model.train().losses(embeddings, labels, criterion)
     entropy, learned = {}, 0
