@@ -489,7 +489,8 @@ class Found(NamedTuple):
         """How many files of the data set were not taken, and why the first were not; or ""."""
         files = [f"{path} ({why})" for path, why in self.not_taken.items() if why != BESIDE]
         more = "; ... (python -m extras.check lists all)" if len(files) > 3 else ""
-        return f"{len(files)} files were not taken: {'; '.join(files[:3])}{more}" if files else ""
+        noun = "rows" if self.base.is_file() else "files"
+        return f"{len(files)} {noun} were not taken: {'; '.join(files[:3])}{more}" if files else ""
 
 
 def load_dataset(
@@ -526,7 +527,8 @@ def load_dataset(
             text = f"{len(lacking)} of {len(everything)} {split} samples lack a modality"
             names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
             left_out = len(everything) - len(samples)
-            runtime.warn(f"{text}, of which {left_out} are left out: {names}")
+            fate = f"{left_out} of them are left out" if left_out else "ranked by what they have"
+            runtime.warn(f"{text} ({fate}): {names}")
         if samples and known not in (0, len(samples)):
             text = f"{split} has {len(samples)} samples, {name} is known to have {known}"
             runtime.warn(f"{found.base}: {text}; continuing with these")
@@ -666,20 +668,25 @@ def read_table(path: Path) -> Found:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="", strict=True)
+            columns, fixed = reader.fieldnames or (), ("split", "identity", "camera")
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV ({error}); expected {example}") from None
-    columns, fixed = reader.fieldnames or (), ("split", "identity", "camera")
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read as CSV ({reason}); expected {example}") from None
     modalities = tuple(column for column in columns if column not in fixed)
     if not modalities or not {*fixed} <= {*columns}:
-        raise UserError(f"{path}: its columns are {', '.join(columns)}; expected {example}")
+        listed = ", ".join(columns) or "none"
+        raise UserError(f"{path}: its columns are {listed}; expected {example}")
     for modality in modalities:
         check_modality(modality, path)
     samples, not_taken, ids, cameras = {split: [] for split in SPLITS}, {}, {}, {}
     for line, row in rows:
         images = {m: (path.parent / row[m], None) for m in modalities if row[m]}
-        if row["split"] not in SPLITS or not row["identity"] or not images or None in row:
-            not_taken[f"line {line}"] = f"expected {example}"
+        if row["split"] not in SPLITS:
+            not_taken[f"line {line}"] = f"split {row['split']!r}: expected {', '.join(SPLITS)}"
+            continue
+        if not row["identity"] or not images or None in row:
+            not_taken[f"line {line}"] = "expected an identity, a photo, a cell for each column"
             continue
         # Numbered over all splits, so that query and gallery agree on who is who
         pid = ids.setdefault(row["identity"], len(ids))
@@ -766,7 +773,7 @@ class TripletSampler:
         if not self.num_steps:
             raise UserError(
                 f"--batch-size {batch_size}: an epoch has only {num_triplets} triplets"
-                f" ({len(self.pids)} samples, --positives {positives}); lower it"
+                f" ({len(self.pids)} samples, --positives {positives}); expected at most as many"
             )
 
     def steps(self, epoch: int) -> np.ndarray:
@@ -782,16 +789,18 @@ class IdentitySampler(TripletSampler):
     """
 
     def __init__(self, pids: Tensor, batch_size: int, positives: int, seed: int, samples: int = 6):
-        super().__init__(pids, batch_size, positives, seed)
-        self.samples = samples
-        self.groups = [np.flatnonzero(self.pids == pid) for pid in np.unique(self.pids)]
+        self.samples, (ids, groups) = samples, np.unique(pids, return_inverse=True)
+        self.groups = [np.flatnonzero(groups == i) for i in range(len(ids))]
         self.num_ids, rest = divmod(3 * batch_size, samples)
-        if rest or not 2 <= self.num_ids <= len(self.groups):
+        if len(ids) > 1 and (rest or not 2 <= self.num_ids <= len(ids)):
+            every = samples // math.gcd(3, samples)  # triplets, so that identities are whole
             raise UserError(
-                f"batches by identity: --batch-size {batch_size} makes {3 * batch_size} images,"
-                f" {samples} of each of {3 * batch_size / samples:g} identities; expected a whole"
-                f" number of them from 2 to the training data's {len(self.groups)}"
+                f"--batch-size {batch_size}: makes {3 * batch_size} images, {samples} of each of"
+                f" {3 * batch_size / samples:g} identities, of which the training data has"
+                f" {len(ids)}; expected a multiple of {every} from {2 * samples // 3} to"
+                f" {len(ids) * samples // 3 // every * every}"
             )
+        super().__init__(pids, batch_size, positives, seed)
 
     def steps(self, epoch: int) -> np.ndarray:
         rng = runtime.numpy_rng(self.seed, 3, epoch)

@@ -22,7 +22,7 @@ CONSTANTS = {
     "adam_betas": (0.839, 0.978, 0.836, 0.979),  # two of each stage; published code
     "center_lr": 1e-3,  # rate of the centroids, see D10
     "margin": None,  # of the hardest triplets; None: a soft one, Eq. (8)
-    "samples": 6,  # of each identity, with --triplet hardest
+    "samples": 6,  # of each identity in a batch, with the losses of BY_IDENTITY
     "dropout": 0.1,  # in the modality encoders; torch's default
     "features": "fusion",  # the embedding that is tested; paper, 3.4
 }
@@ -404,7 +404,8 @@ def check_combinations(args: argparse.Namespace) -> None:
     if fusion in WEIGHTED and args.triplet not in BY_IDENTITY:
         raise UserError(f"--triplet {args.triplet}: --fusion {fusion} takes contrastive or hardest")
     if fusion not in WEIGHTED and args.triplet == "contrastive":
-        raise UserError(f"--triplet contrastive: is for --fusion weighted, not {fusion}")
+        names = " and ".join(WEIGHTED)
+        raise UserError(f"--triplet contrastive: is for --fusion {names}, not {fusion}")
     if fusion in WEIGHTED and any(args.beta):
         raise UserError(f"--beta: --fusion {fusion} has no centroids; expected 0")
     if fusion == "graft" and any(args.patch_dropout) and first_patch:

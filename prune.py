@@ -189,9 +189,10 @@ def open_run(args: Namespace) -> tuple[train.Run, Pruning]:
     path = last if resumed else args.checkpoint
     model, checkpoint = evaluate.load_model(path)
     needed = {"pids", "criterion"} | ({"pruning", "samples"} if resumed else set())
-    if not needed <= checkpoint.keys():
+    if lacking := needed - checkpoint.keys():
+        text = f"lacks {', '.join(sorted(lacking))}, so it can be evaluated but not pruned"
         program = "prune.py" if resumed else "train.py or prune.py"
-        raise UserError(f"{path}: expected a checkpoint that {program} wrote")
+        raise UserError(f"{path}: {text}; expected a checkpoint as {program} writes it")
     pruning = planned(args, model, checkpoint["pruning"] if resumed else None)
     settings = options.from_checkpoint(checkpoint["settings"])
     chosen = {**vars(args), **pruning.plan}

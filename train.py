@@ -170,6 +170,9 @@ class Batches:
                 f"--batch-size {args.batch_size} --per-pass {args.per_pass}: leaves a pass with one"
                 " anchor, on which BatchNorm cannot train; expected at least 2"
             )
+        if len(self.shares) > 1 and args.triplet in BY_IDENTITY:
+            text = f"--triplet {args.triplet} compares samples within each of {len(self.shares)}"
+            runtime.warn(f"{text} passes of a step alone; raise --per-pass if memory allows")
 
     def labels(self, pids: Tensor) -> Tensor:
         return torch.searchsorted(self.label_pids, pids)
@@ -600,6 +603,11 @@ def start_run(args: argparse.Namespace) -> Run:
     args, checkpoint = stored_run(args)
     device = runtime.start(args.device, args.deterministic)
     torch.manual_seed(args.seed)
+    weights = args.backbone_weights
+    known = weights in ("pretrained", "none") or runtime.checkpoint_file(weights).is_file()
+    if not checkpoint and not known:
+        text = "expected a file, a run's folder, pretrained or none"
+        raise UserError(f"--backbone-weights {weights}: no such file; {text}")
     dataset, validation = load_splits(args)
     args.modalities = dataset.modalities  # as found, where none were chosen
     model = build_model(model_config(args, dataset))

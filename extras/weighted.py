@@ -2,9 +2,10 @@
 
 Eq. (6) takes the plain mean over the sensors, so one that sees nothing, as a camera at night, lets
 in noise with the weight of a good one. Here the fusion token of each sensor, and their mean, is a
-view of the sample. A view has a BNNeck, a classifier, and a confidence from 0 to 1: how probable
-its classifier finds the right identity. Two samples are compared in all views that both have. A
-view counts by s, its share of a sample's squared confidences, of both samples:
+view of the sample. A view has a BNNeck, a classifier, and a confidence: how probable, from 0 to 1,
+its classifier finds the right identity. Confidences are squared, which did better, and a view's
+share s is its part of their sum over the sample's views. Two samples are compared in all views that
+both have, each by the product of both shares:
 
     similarity = sum_v s_v(q) s_v(g) cos(f_v(q), f_v(g)) / sum_v s_v(q) s_v(g)
 
@@ -52,7 +53,10 @@ class Weighted(MultiModalModel):
         return necks, logits
 
     def embedding(self, embeddings: Embeddings, features: str) -> Tensor:
-        """Each view's unit vector times its share, then all shares: (B, V * D + V)."""
+        """Each view's unit vector times its share, then all shares: (B, V * D + V).
+
+        `features` can only be "bnneck", as evaluate.Embedder makes sure.
+        """
         necks, logits = self.seen(embeddings)
         return self.join(necks, {view: logit.sigmoid() + FLOOR for view, logit in logits.items()})
 
@@ -97,7 +101,7 @@ class Weighted(MultiModalModel):
         contrastive = self.contrastive(vectors, runtime.all_rows(labels, rank_sizes))
         of_mean = entropy.pop("mean")
         of_sensors = torch.stack(list(entropy.values())).mean()
-        learned = sum(unsure) / len(entropy)
+        learned = sum(unsure) / (len(necks) - 1)  # in all, and one for the mean, as many as sensors
         loss = criterion.alpha * contrastive + criterion.gamma * (of_mean + of_sensors) + learned
         terms = {"contrastive": contrastive, "cross_entropy": of_mean, "sensors": of_sensors}
         terms["confidence"] = learned
@@ -111,8 +115,8 @@ class Weighted(MultiModalModel):
     def contrastive(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """Supervised contrastive loss (Khosla et al. 2020) of this similarity; a scalar.
 
-        A positive counts by how far the two are seen in the same views: one that RGB alone saw and
-        one that thermal alone saw are hardly drawn together.
+        Among its anchor's positives, one counts by how far the two are seen in the same views: of
+        two that RGB alone saw, one that RGB saw, too, counts much more than one of thermal alone.
         """
         V, itself = len(self.views), torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         both = vectors[:, -V:] @ vectors[:, -V:].T
