@@ -140,9 +140,6 @@ def test_training_in_a_thread_works_without_signals(tiny_data, tmp_path):
     assert results[0]["num_query"] == 24
 
 
-# --- resuming; one run owns its folder
-
-
 @pytest.fixture
 def open_run(tiny_data, tmp_path):
     """Starts a run as train.py does, in this process."""
@@ -156,6 +153,14 @@ def open_run(tiny_data, tmp_path):
     yield start
     for started in runs:
         started.lock.close()
+
+
+def test_losses_by_identity_warn_where_a_step_takes_several_passes(open_run, capsys):
+    open_run("--recipe", "plus", "--batch-size", 4, "--per-pass", 2)
+    assert "compares samples within each of 2 passes of a step alone" in capsys.readouterr().err
+
+
+# --- resuming; one run owns its folder
 
 
 def test_same_seed_same_run_and_resuming_changes_nothing(trained, open_run, tmp_path):
