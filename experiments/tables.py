@@ -266,28 +266,23 @@ PARTS_OF_PLUS = [
 ]
 OWN = "--recipe own"  # on DINOv2-S, whose weights --backbone-weights names
 SMALL_ON_PHOTOS = f"--backbone small {SMALL_VIT}.pth --image-size 64 128 --lr 2.5e-3 1.2e-3"
-CLAIMED = [
-    Row("GraFT, FFF", FFF),
-    Row("GraFT, no triplet loss", "--alpha 0"),
-    Row("vanilla, new CLS token, FFF", "--fusion cls"),
-    Row("vanilla, averaged token, FFF", "--fusion average"),
-    Row("Multi-Stream ViT, FFF", "--fusion multistream"),
-    Row("mean of the sensors' CLS tokens, FFF", "--fusion late"),
-    Row("mean of the sensors' CLS tokens, no triplet loss", "--fusion late --alpha 0"),
-]
+FUSED = [row._replace(label=row.label.replace(NOT_PRINTED, ""), paper=()) for row in TABLE_5]
 BOTH_AND_EACH = [Row("both"), *(Row(name, test=f"--modalities {name}") for name in ("rgb", "tir"))]
+LONG, AS_LONG = f"{OWN} --epochs 10 1", ", in as many steps as plus"
 SCENES = [
-    *on(OWN, BOTH_AND_EACH, ", the paper's losses"),
-    *on(f"{OWN} --epochs 10 1", BOTH_AND_EACH, ", the paper's losses, in as many steps as plus"),
+    *on(OWN, BOTH_AND_EACH, ", GraFT, FFD"),
+    *on(OWN, FUSED[:-1]),
+    *on(LONG, BOTH_AND_EACH, f", GraFT, FFD{AS_LONG}"),
+    *on(LONG, [Row(f"averaged token, no triplet loss{AS_LONG}", "--fusion average --alpha 0")]),
     *on(PLUS, BOTH_AND_EACH, ", plus"),
-    *on(OWN, CLAIMED),
-    *on(f"{OWN} {SMALL_ON_PHOTOS}", [Row("both, the paper's losses, small ViT")]),
-    *on(f"{PLUS} {SMALL_ON_PHOTOS}", [Row("both, plus, small ViT")]),
+    *on(PLUS, [WITHOUT[-1]], ", plus"),
+    *on(f"{OWN} {SMALL_ON_PHOTOS}", [Row("small ViT, GraFT, FFD")]),
+    *on(f"{PLUS} {SMALL_ON_PHOTOS}", [Row("small ViT, plus")]),
 ]
 BRIEF = f"{OWN} --epochs 1 1 --epoch-steps 60 60"
 REAL_WEIGHTS = [
-    *on(BRIEF, [Row("GraFT, FFD"), *CLAIMED, Row("both stages unfrozen", "--frozen no no")]),
-    *on(BRIEF, [Row(f"{name}, FFD", f"--modalities {name}") for name in ("rgb", "nir", "tir")]),
+    *on(BRIEF, [*FUSED, Row("GraFT, both stages unfrozen", "--frozen no no")]),
+    *on(BRIEF, [Row(f"{name} alone", f"--modalities {name}") for name in ("rgb", "nir", "tir")]),
 ]
 LOOKS = [
     Row("as trained"),

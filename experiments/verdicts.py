@@ -69,6 +69,7 @@ def fusion_claims(name: str, where: str, flags: str) -> list[Claim]:
         Claim(f"{own} in Rank-1", where, "", flags, metric="R1"),
         Claim(f"GraFT is ahead of {name}, both by FFF", both, FFF, flags),
         Claim(f"GraFT is ahead of {name}, both without triplet loss", both, NONE, none),
+        Claim(f"GraFT (FFD) is ahead of {name} without triplet loss", "-", "", none),
     ]
 
 
