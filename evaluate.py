@@ -2,7 +2,7 @@
 
 python evaluate.py runs/synthetic
 
-Read it from `evaluate`: it calls rank_features, and that rank_by, which computes average precision.
+Read it from `evaluate`: it calls rank_features, which calls rank_by, which ranks and computes AP.
 As a library: load_embedder("runs/synthetic") turns photos into embeddings, and its
 model.similarity compares them.
 

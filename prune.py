@@ -1,7 +1,7 @@
 """Prune a trained model's backbone in rounds and finetune (section 5.4, Tables 3, 4, Fig. 1).
 
-python prune.py runs/synthetic --keep 0.69 0.62 0.5 0.34       Table 3's fractions
-python prune.py runs/rgbnt100 --params 76M 70M 60M 46M --half  its parameters
+python prune.py runs/synthetic --keep 0.69 0.62 0.5 0.34       the fractions of Table 3
+python prune.py runs/rgbnt100 --params 76M 70M 60M 46M --half  Table 3's parameters
 python prune.py runs/synthetic --keep 0.5 --structured         whole heads and MLP channels
 python prune.py runs/synthetic --resume                        continues runs/synthetic/pruned
 

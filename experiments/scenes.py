@@ -14,9 +14,9 @@ cameras, but no scene. Neighbours in a video show the same street, so scenes are
 they are numbered from 0 in the order of their names.
 
 By construction, one sensor has what the other lacks. With M sensors, each is blind in 1/(M+1) of
-the captures; in the remaining 1/(M+1) all sensors see. A blind sensor shows noise alone, dark if it
-needs light and flat if not, and the file's name ends in no_rgb or no_tir. This is no benchmark:
-such a window is easier to find again than an object that another camera saw.
+the captures; in the remaining 1/(M+1) all sensors see. A blind sensor shows only noise, in the dark
+if it needs light, else on a flat image; the file's name then ends in no_rgb or no_tir. This is no
+benchmark: a window is easier to find again than an object that another camera saw.
 """
 
 import io

@@ -284,6 +284,10 @@ REAL_WEIGHTS = [
     *on(BRIEF, [*FUSED, Row("GraFT, both stages unfrozen", "--frozen no no")]),
     *on(BRIEF, [Row(f"{name} alone", f"--modalities {name}") for name in ("rgb", "nir", "tir")]),
 ]
+ADAPTED = [
+    Row("DINOv2-S", f"{OWN} --backbone-weights dinov2-s14.pth"),
+    Row("DINOv2-S, trained on the pairs first", f"{OWN} --backbone-weights runs/pairs"),
+]
 LOOKS = [
     Row("as trained"),
     *(Row(look, test=look) for look in ("--flip", "--rerank", "--rerank --flip")),
@@ -324,5 +328,6 @@ TABLES = {
     "plus": Table("Beyond the paper: our recipe, and without some of its parts", PARTS_OF_PLUS),
     "scenes": Table("Beyond the paper: real photos of which a sensor often shows nothing", SCENES),
     "weights": Table("Beyond the paper: the synthetic set, real pretraining", REAL_WEIGHTS),
+    "adapted": Table("Beyond the paper: few labelled photos, after pairs without labels", ADAPTED),
     "missing": Table("Beyond the paper: trained on all sensors, tested on those named", MISSING),
 }

@@ -3,10 +3,10 @@
 python -m extras.tune --trials 30                                          on the synthetic set
 python -m extras.tune --dataset rgbnt100 --data-root DIR --out runs/tune
 
-Options of train.py may follow; they hold for all trials. The first trial starts from their values,
-so the result is never worse than these; a rate or weight of 0 stays 0. The search never looks at
-the test split. The same command, run again, continues the search; run several times at once, for
-example once for each GPU, the processes share the trials.
+Options of train.py may follow; they hold for all trials. The first trial takes the values of these
+and of the recipe, so that the best one is never worse; a rate or weight of 0 stays 0. The search
+never looks at the test split. The same command, run again, continues the search; run several times
+at once, for example once for each GPU, the processes share the trials.
 """
 
 import argparse

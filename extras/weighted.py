@@ -2,14 +2,14 @@
 
 Eq. (6) takes the plain mean over the sensors, so one that sees nothing, as a camera at night, lets
 in noise with the weight of a good one. Here the fusion token of each sensor, and their mean, is a
-view of the sample. A view has a BNNeck, a classifier, and a confidence: how probable, from 0 to 1,
-its classifier finds the right identity. Confidences are squared, which did better, and a view's
-share s is its part of their sum over the sample's views. Two samples are compared in all views that
-both have, each by the product of both shares:
+view of the sample. A view has a BNNeck, a classifier, and a confidence: a predicted probability
+that its classifier is right about the identity. Confidences are squared, which did better, and a
+view's share s is its part of their sum over the sample's views. Two samples are compared in all
+views that both have, each weighed by the product of both shares:
 
     similarity = sum_v s_v(q) s_v(g) cos(f_v(q), f_v(g)) / sum_v s_v(q) s_v(g)
 
-`train.py --fusion weighted` reaches it, `weighted-late` without GraFT's encoders. Shapes: B
+`train.py --fusion weighted` trains it, `--fusion weighted-late` without GraFT's encoders. Shapes: B
 samples, V views, D width of a view, C identities, Q queries, G gallery samples.
 """
 
