@@ -111,7 +111,7 @@ def test_the_help_shows_the_recipes_defaults(words, defaults):
         ("--fusion cls --fusion-tokens 2", "--fusion cls has none; leave it out"),
         ("--fusion weighted --data-token 2", "--fusion weighted uses none; leave it out"),
         ("--fusion weighted --plain-distance", "--triplet contrastive has no distances"),
-        ("--triplet contrastive --cross-entropy all", "is for --fusion weighted and weighted-late, not"),
+        ("--triplet contrastive --cross-entropy all", "is for --fusion weighted and weighted-late"),
         ("--fusion weighted --triplet FFD", "--fusion weighted takes contrastive or hardest"),
         ("--fusion weighted --beta 0 1", "--fusion weighted has no centroids"),
         ("--patch-dropout 0 0.5 --data-token 2", "--data-token 2: --patch-dropout may leave"),
