@@ -20,12 +20,12 @@ STATISTICS = """\
 Each claim is judged by Student's t test, two-sided, at the 5% level: with three seeds for each row,
 a difference is significant above 2.78 standard errors. Two evaluations of the same trained models
 are compared seed by seed, and there the bound is 4.30. "As good" holds where the whole 95% interval
-of the difference lies within two points; its p is that of a true difference of two points or more,
-and must be below 0.025. "Does not show" means that the figures decide neither way. Welch's test is
-safer where variances differ; where it disagrees, the verdict says so. At this level one test in
-twenty is significant by chance, and there are more than fifty, so mind p. "Acts by" names what
-differs between the two rows. "By construction": only what the triplet loss sees differs, and that
-loss does nothing."""
+of the difference lies between -2 and +2 points; its p tests the hypothesis that the true difference
+is two points or more, and must be below 0.025. "Does not show" means that the figures decide
+neither way. Welch's test is safer where variances differ; where it disagrees, the verdict says so.
+At this level one test in twenty is significant by chance, and there are more than fifty, so mind p.
+"Acts by" names what differs between the two rows. "By construction": only what the triplet loss
+sees differs, and that loss does nothing."""
 
 
 class Claim(NamedTuple):
