@@ -78,9 +78,10 @@ def measure(ranking: evaluate.Ranking, rates=(), thresholds=()) -> Rates:
     genuine, impostor = np.sort(similarity[right]), np.sort(similarity[~same])
     if not len(impostor):
         raise UserError("all samples show one identity, so there are no impostor pairs")
-    shares = (*np.geomspace(1 / len(impostor), 1, POINTS), *RATES, *rates)
+    even = np.linspace(0, 1, POINTS)
+    shares = (*np.geomspace(1 / len(impostor), 1, POINTS), *even, *RATES, *rates)
     at_rates = [least_threshold(impostor, rate) for rate in shares]
-    along_tpr = [least_threshold(genuine, rate) for rate in np.linspace(0, 1, POINTS)]
+    along_tpr = [least_threshold(genuine, rate) for rate in even]
     T = np.unique([-2.0, *at_rates, *along_tpr, *thresholds])
     pids = torch.cat([query.pids, gallery.pids]).unique()
     # The pairs of each identity that reach each threshold, (I, T)
