@@ -396,6 +396,9 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(f"--fusion-tokens: --fusion {fusion} has none; leave it out")
     if fusion != "graft" and args.data_token > 0:
         raise UserError(f"--data-token: --fusion {fusion} uses none; leave it out")
+    if args.recipe == "own" and args.dataset not in ("folder", "csv", "synthetic"):
+        expected = "--dataset folder, csv and synthetic"
+        raise UserError(f"--recipe own: is for {expected}, not {args.dataset}")
     if args.triplet == "contrastive" and args.plain_distance:
         raise UserError("--plain-distance: --triplet contrastive has no distances; leave it out")
     if args.triplet in BY_IDENTITY and args.cross_entropy != "all":

@@ -601,13 +601,13 @@ def start_run(args: argparse.Namespace) -> Run:
     All that can be refused is refused, and every image has been opened, before OUT is touched.
     """
     args, checkpoint = stored_run(args)
-    device = runtime.start(args.device, args.deterministic)
-    torch.manual_seed(args.seed)
     weights = args.backbone_weights
     known = weights in ("pretrained", "none") or runtime.checkpoint_file(weights).is_file()
     if not checkpoint and not known:
         text = "expected a file, a run's folder, pretrained or none"
         raise UserError(f"--backbone-weights {weights}: no such file; {text}")
+    device = runtime.start(args.device, args.deterministic)
+    torch.manual_seed(args.seed)
     dataset, validation = load_splits(args)
     args.modalities = dataset.modalities  # as found, where none were chosen
     model = build_model(model_config(args, dataset))

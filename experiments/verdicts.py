@@ -194,30 +194,30 @@ def sides(claim: Claim, common: list[str]) -> tuple[Experiment, Experiment]:
     return Experiment(first._replace(base=second.flags), common), Experiment(second, common)
 
 
-def judged(claim: Claim, common: list[str], folder: Path) -> tuple[Experiment, list, Verdict]:
-    """Its first row, the figures of both rows in percent, and the verdict."""
+def judged(claim: Claim, common: list[str], folder: Path) -> tuple[str, list, Verdict]:
+    """By what its rows differ, the figures of both in percent, and the verdict."""
     first, second = sides(claim, common)
     figures = [
         [100 * metrics[claim.metric] for metrics in side.figures(folder, SEEDS)]
         for side in (first, second)
     ]
+    ways = first.ways or second.ways
     complete = [values if len(values) == len(SEEDS) else [] for values in figures]
     verdict = judge(claim, *complete, paired=first.name == second.name)
-    return first, figures, Verdict("by construction") if first.by_construction else verdict
+    return ways, figures, Verdict("by construction") if first.by_construction else verdict
 
 
 def table_of(common: list[str], folder: Path) -> list[list[str]]:
     """The table of verdicts; with options for all rows, only of the claims that have figures."""
     table = [["claim", "paper", "verdict", "figures", "difference ± error", "p", "acts by"]]
     for claim in filter(lambda claim: claim.where, CLAIMS):
-        first, figures, verdict = judged(claim, common, folder)
+        ways, figures, verdict = judged(claim, common, folder)
         effect, p = "-", "-"
         if verdict.error:
             effect = f"{verdict.difference:+.1f} ± {verdict.error:.1f}"
             p = f"{verdict.p:.3f}" if verdict.p >= 0.001 else "< 0.001"
         elif common and verdict.text == "-":
             continue
-        ways = first.ways or sides(claim, common)[1].ways
         row = [claim.text, claim.where, verdict.text, ", ".join(map(spread, figures))]
         table.append([*row, effect, p, ways])
     if not common:

@@ -170,3 +170,10 @@ def test_no_wait_in_the_backward_pass(recipe, tmp_path):
     with waits:
         loss.backward()
     assert not waits.noted
+
+
+def test_where_no_terminal_shows_it_a_bar_waits_a_minute_and_other_ranks_draw_none(monkeypatch):
+    bar = runtime.bar(range(3), "embedding", 3)
+    assert (bar.delay, bar.mininterval, list(bar)) == (60, 60, [0, 1, 2])
+    monkeypatch.setattr(runtime, "rank", lambda: 1)
+    assert runtime.bar(range(3), "embedding", 3).disable

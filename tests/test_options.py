@@ -119,6 +119,7 @@ def test_the_help_shows_the_recipes_defaults(words, defaults):
         ("--fusion hamnet --backbone small", "--fusion hamnet takes resnet18 or resnet50"),
         ("--fusion hamnet --beta 0.1", "HAMNet has no centroids"),
         ("--fusion hamnet --recipe plus", "--recipe plus: HAMNet has a recipe of its own"),
+        ("--recipe own --dataset rgbnt201", "--recipe own: is for --dataset folder, csv and"),
     ],
 )
 def test_mistakes_are_one_line(text, expected):
