@@ -266,11 +266,7 @@ def test_a_users_mistakes_give_one_line_and_exit_code_2(tiny_data, trained, tmp_
         (train, [*tiny, "--modalities", "rgb,depth"], "depth"),
         (train, [*tiny, "--image-size", 60, 128], "the nearest are --image-size 64 128"),
         (train, [*tiny, "--backbone-weights", foreign], "not the weights of this backbone"),
-        (
-            train,
-            [*tiny, "--backbone-weights", "absent.pth"],
-            "--backbone-weights absent.pth: no such",
-        ),
+        (train, [*tiny, "--backbone-weights", "absent.pth"], "weights absent.pth: no such file"),
         (train, [*tiny, "--out", picture], "cannot be created"),
         (train, [*tiny, "--out", "x" * 300], "File name too long"),
         (train, [*tiny, "--val-ids", 4], "--val-ids 4"),
