@@ -22,20 +22,20 @@ from runtime import UserError
 class PatchEmbed(nn.Module):
     """Cut an image into patches and project each to the model's width: Eq. (1).
 
-    (B, 3, H, W) -> (B, patches, D), row by row.
+    (B, 3, H, W) -> (B, patches, D), row by row. Patches that are fewer than their size apart
+    overlap, as in TransReID (He et al. 2021).
     """
 
-    def __init__(self, patch_size: int, dim: int, channels: int = 3):
+    def __init__(self, patch_size: int, dim: int, channels: int = 3, stride: int = 0):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(channels, dim, patch_size, stride or patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        B, C, H, W = images.shape
-        P = self.proj.kernel_size[0]
+        (P, _), (S, _) = self.proj.kernel_size, self.proj.stride
         # The convolution as the matrix product that it is: on CPUs several times as fast
-        patches = images.view(B, C, H // P, P, W // P, P)  # rows and columns of patches
-        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
-        patches = patches.reshape(B, -1, C * P * P)  # (B, patches, C * P * P)
+        patches = images.unfold(2, P, S).unfold(3, P, S)  # (B, C, rows, columns, P, P)
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (B, rows, columns, C * P * P)
+        patches = patches.flatten(1, 2)  # (B, patches, C * P * P)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -120,14 +120,14 @@ class ViT(Backbone):
         *,
         channels=3,
         blocks=(),
+        stride=0,
     ):
         super().__init__()
-        check_patches(image_size, patch_size)
         if dim % heads:
             raise UserError(f"width {dim}: {heads} heads do not divide it")
         self.image_size = tuple(image_size)
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.patch_embed = PatchEmbed(patch_size, dim, channels)
+        self.grid = patch_grid(image_size, patch_size, stride)
+        self.patch_embed = PatchEmbed(patch_size, dim, channels, stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
         self.prefix_tokens = 1 + bool(distilled)  # those before the patches
@@ -171,14 +171,14 @@ class ViT(Backbone):
         """Read DeiT's release ("pretrained" fetches DeiT-B's), timm's names, or a run of ours."""
         if str(path) == "pretrained":
             path = fetch_deit(self)
-        state, image_size = read_state(path)
+        state, config = read_state(path)
         if "pos_embed" in state:
             positions, prefix = state["pos_embed"], self.prefix_tokens
             side = math.isqrt(max(0, positions.shape[1] - prefix))
             grid = (side, side)  # released files are of square images
-            if image_size:
+            if "image_size" in config:
                 P = self.patch_embed.proj.kernel_size[0]
-                grid = (image_size[0] // P, image_size[1] // P)
+                grid = patch_grid(config["image_size"], P, config.get("stride", 0))
             state["pos_embed"] = resize_pos_embed(positions, prefix, grid, self.grid)
         M = self.patch_embed.proj.in_channels // 3
         weight = state.get("patch_embed.proj.weight")  # (D, 3, P, P)
@@ -188,15 +188,24 @@ class ViT(Backbone):
         return load_strictly(self, state, path, heads=("head.", "head_dist."))
 
 
-def check_patches(image_size: tuple[int, int], patch_size: int) -> None:
-    """Raise UserError for an image size (height, width) that is not whole patches."""
-    if any(side < patch_size or side % patch_size for side in image_size):
+def patch_grid(image_size: tuple[int, int], patch_size: int, stride: int = 0) -> tuple[int, int]:
+    """Rows and columns of the patches of an image (height, width); stride 0: the patch size.
+
+    Raises UserError for an image that they do not cover exactly.
+    """
+    P, S = patch_size, stride or patch_size
+    if S > P:
+        raise UserError(f"--stride {S}: expected at most the patch size, {P}")
+    if any(side < P or (side - P) % S for side in image_size):
         size = "x".join(map(str, image_size))
-        nearest = " ".join(str(max(1, round(n / patch_size)) * patch_size) for n in image_size)
+        nearest = " ".join(str(P + max(0, round((side - P) / S)) * S) for side in image_size)
+        kind = f"multiples of the patch size, {P}"
+        if S != P:
+            kind = f"the patch size, {P}, and a multiple of the stride, {S}"
         raise UserError(
-            f"image size {size}: expected multiples of the patch size, {patch_size};"
-            f" the nearest are --image-size {nearest}"
+            f"image size {size}: expected {kind}; the nearest are --image-size {nearest}"
         )
+    return tuple((side - P) // S + 1 for side in image_size)
 
 
 def random_patches(patches: Tensor, share: float) -> Tensor:
@@ -251,6 +260,7 @@ class GraFTConfig:
     num_ids: int = 50
     image_size: tuple[int, int] = (224, 224)  # height, width; paper, 5.2
     patch_size: int = 16  # paper, 3.4
+    stride: int = 0  # pixels from patch to patch; 0: the patch size
     dim: int = 768  # DeiT-B; paper, 3.2
     depth: int = 12
     heads: int = 12
@@ -300,11 +310,11 @@ class MultiModalModel(nn.Module):
         c = self.config
         if not c.backbone.startswith("timm:"):
             sizes = (c.image_size, c.patch_size, c.dim, c.depth, c.heads, c.distilled)
-            return ViT(*sizes, channels=channels, blocks=c.blocks)
+            return ViT(*sizes, channels=channels, blocks=c.blocks, stride=c.stride)
         if channels != 3:
             raise UserError("--fusion early: stacks modalities as channels; use DeiT's ViT")
         return runtime.imported("extras.timm_backbone.TimmViT")(
-            c.backbone.removeprefix("timm:"), c.image_size
+            c.backbone.removeprefix("timm:"), c.image_size, c.stride
         )
 
     def new_encoder(self) -> ModalityEncoder:
@@ -455,18 +465,18 @@ def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
     return left_out
 
 
-def read_state(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
-    """A backbone's weights in float32; of a run of ours also its image size, else None."""
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """A backbone's weights in float32; of a run of ours also its config, else an empty one."""
     checkpoint = runtime.load_checkpoint(path)
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     weights = state.values() if isinstance(state, dict) else [None]
     if not all(isinstance(w, Tensor) and w.layout is torch.strided for w in weights):
         raise UserError(f"{path}: holds no state dict")
     config = checkpoint.get("config")
-    image_size = config.get("image_size") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
     state = {name: weight.float() for name, weight in state.items()}
     ours = [name for name in state if name.startswith("backbone.")]  # a run holds the whole model
-    return {n.removeprefix("backbone."): state[n] for n in ours or state}, image_size
+    return {n.removeprefix("backbone."): state[n] for n in ours or state}, config
 
 
 def load_strictly(

@@ -69,9 +69,9 @@ PLUS = {  # ours: confidences, and known re-ID techniques; experiments.ablate --
 PLUS_SYNTHETIC = {
     # The same ViT, pretrained longer on four times the vehicles
     "backbone_weights": str(WEIGHTS / "vit-small-rgb-4800.pth"),
-    # Scaled up, so that patches are finer; a step sees 22 of the 72
-    "image_size": (96, 192),
-    "patch_dropout": (0.0, 0.7),
+    # Patches of 16 pixels that overlap by half; a step sees 21 of the 105
+    "stride": 8,
+    "patch_dropout": (0.8, 0.8),
     "triplet": "hardest",
     "epochs": (1, 4),
     "epoch_steps": (60, 0),  # frozen for 60 steps, until the new parts have warmed up
@@ -187,6 +187,8 @@ def add_model_options(group) -> None:
     add("--backbone", default="deit-b", metavar="NAME", help=text)
     text = "a file, a run's folder, pretrained (download the release; paper, 3.2) or none (random)"
     add("--backbone-weights", default="pretrained", metavar="FILE", help=text)
+    text = "pixels from patch to patch (default: the patch size; paper, 3.4); fewer: they overlap"
+    add("--stride", type=whole(0), default=0, metavar="N", help=text)
     text = "GraFT, a baseline of the tables, or weighted, plus's model"
     add("--fusion", choices=FUSIONS, default="graft", help=text)
     add(
@@ -388,10 +390,11 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise UserError(f"--backbone {args.backbone}: --fusion {fusion} takes {fitting}")
     if hamnet and args.recipe != "paper":
         raise UserError(f"--recipe {args.recipe}: HAMNet has a recipe of its own")
-    if hamnet and any((*args.beta, *args.patch_dropout)):
-        raise UserError(
-            "--beta, --patch-dropout: HAMNet has no centroids and no patches; expected 0"
+    if hamnet and any((args.stride, *args.beta, *args.patch_dropout)):
+        text = (
+            "--beta, --stride, --patch-dropout: HAMNet has no centroids and no patches; expected 0"
         )
+        raise UserError(text)
     if fusion not in ("graft", "weighted") and args.fusion_tokens > 1:
         raise UserError(f"--fusion-tokens: --fusion {fusion} has none; leave it out")
     if fusion != "graft" and args.data_token > 0:

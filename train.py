@@ -680,7 +680,7 @@ def load_splits(
 
 def model_config(args: argparse.Namespace, dataset: data.Dataset) -> GraFTConfig:
     """What the options, the backbone and the data set say of the model."""
-    chosen = ("image_size", "dropout", "fusion_tokens", "data_token", "fusion")
+    chosen = ("image_size", "stride", "dropout", "fusion_tokens", "data_token", "fusion")
     values = {name: getattr(args, name) for name in chosen}
     if args.backbone.startswith("timm:"):
         config_of = runtime.imported("extras.timm_backbone.config_of")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import runtime
-from model import Backbone, check_patches, load_strictly, read_state
+from model import Backbone, load_strictly, patch_grid, read_state
 from runtime import UserError
 
 try:
@@ -67,19 +67,23 @@ class TimmViT(Backbone):
     gets the mean of its patches there.
     """
 
-    def __init__(self, name: str, image_size: tuple[int, int]):
+    def __init__(self, name: str, image_size: tuple[int, int], stride: int = 0):
         super().__init__()
         plan = outline(name)
-        check_patches(image_size, plan.patch_embed.patch_size[0])
+        P = plan.patch_embed.patch_size[0]
+        rows, columns = patch_grid(image_size, P, stride)
         self.name, self.has_cls = name, plan.cls_token is not None
         self.vit = timm.create_model(
             name,
-            img_size=tuple(image_size),
+            img_size=(rows * P, columns * P),  # of as many patches, if they did not overlap
             num_classes=0,
             # Of all poolings, those without weights of their own, which no token would train
             global_pool="token" if self.has_cls else "",
             patch_drop_rate=0.5,  # any but 0, so that timm adds the module that `forward` sets
         )
+        self.vit.patch_embed.img_size = tuple(image_size)
+        if stride:
+            self.vit.patch_embed.proj.stride = (stride, stride)
         self.dim, self.grid = self.vit.embed_dim, self.vit.patch_embed.grid_size
         self.prefix_tokens = self.vit.num_prefix_tokens + (not self.has_cls)
         self.num_tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
@@ -105,16 +109,18 @@ class TimmViT(Backbone):
         "pretrained" has timm fetch what the model's name stands for.
         """
         if str(path) == "pretrained":
-            state, image_size = self.fetch(), None
+            state, config = self.fetch(), {}
         elif Path(path).suffix == ".safetensors":
-            state, image_size = read_safetensors(path), None
+            state, config = read_safetensors(path), {}
         else:
-            state, image_size = read_state(path)
-        if image_size:  # a run of ours, whose positions need not fill a square as a release's do
-            self.vit.pretrained_cfg["input_size"] = (3, *image_size)
+            state, config = read_state(path)
+        P = self.vit.patch_embed.patch_size[0]
+        if "image_size" in config:
+            # A run of ours, whose positions need not fill a square as a release's do
+            rows, columns = patch_grid(config["image_size"], P, config.get("stride", 0))
+            self.vit.pretrained_cfg["input_size"] = (3, rows * P, columns * P)
         state = {name.removeprefix("vit."): weight for name, weight in state.items()}
         # timm would resize patches without a word, and a ViT-B/32 would pass for a ViT-B/16
-        P = self.vit.patch_embed.patch_size[0]
         for other in {weight.shape[-1] for weight in state.values() if weight.ndim == 4} - {P}:
             raise UserError(f"{path}: has patches of {other} pixels, timm:{self.name} of {P}")
         try:

@@ -68,6 +68,15 @@ def test_vit_equals_timm_in_value_and_gradient(distilled, tmp_path):
         torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-3, rtol=1e-4)
 
 
+def test_patches_that_overlap_are_a_convolution_with_a_stride():
+    patches = model.PatchEmbed(16, 8, stride=4)
+    x = photos(size=(32, 48))["rgb"]
+    expected = patches.proj(x).flatten(2).transpose(1, 2)
+    assert expected.shape == (3, 5 * 9, 8)
+    torch.testing.assert_close(patches(x), expected)
+    assert ViT((32, 48), 16, 32, 2, 2, stride=4)(x).shape == (3, 2 + 5 * 9, 32)
+
+
 def test_deit_base_equals_timm():
     theirs = timm.create_model("deit_base_distilled_patch16_224").eval()
     ours = ViT().eval()
@@ -269,6 +278,8 @@ def test_patch_dropout_acts_in_training_only():
     "changes, message",
     [
         (dict(image_size=(30, 64)), "30x64: .* 16; .*--image-size 32 64"),
+        (dict(image_size=(60, 64), stride=12), "size, 16, .* stride, 12; .*--image-size 64 64"),
+        (dict(stride=17), "--stride 17: expected at most the patch size, 16"),
         (dict(heads=3), "3 heads"),
         (dict(encoder_heads=5), "5 encoder heads"),
         (dict(data_token=10), "data token 10: expected 0 to 9"),
@@ -332,6 +343,12 @@ def test_position_embeddings_are_resized(tmp_path):
     back = ViT((64, 64), 16, 32, 2, 2)
     load_backbone(back, tmp_path / "ours.pt")
     expected = model.resize_pos_embed(wide.pos_embed, 2, (2, 8), (4, 4))
+    torch.testing.assert_close(back.pos_embed, expected)
+    finer = ViT((32, 128), 16, 32, 2, 2, stride=8)
+    own = {"model": finer.state_dict(), "config": {"image_size": (32, 128), "stride": 8}}
+    torch.save(own, tmp_path / "finer.pt")
+    load_backbone(back, tmp_path / "finer.pt")
+    expected = model.resize_pos_embed(finer.pos_embed, 2, (3, 15), (4, 4))
     torch.testing.assert_close(back.pos_embed, expected)
 
 
