@@ -249,7 +249,9 @@ STAGES = [
     Row("no center loss", "--beta 0 0"),
 ]
 SMALL_VIT = "--backbone-weights weights/vit-small-rgb"
+OVERLAP = "--stride 8 --patch-dropout 0.8"
 APART = "--stride 0 --patch-dropout 0.35"  # a step sees as many patches
+WHOLE = "--stride 0 --patch-dropout 0"
 WITHOUT = [
     Row("Eq. (6) in place of confidences, with center loss", "--fusion graft"),
     Row("without batch-hard triplets", "--triplet contrastive"),
@@ -261,6 +263,7 @@ PARTS_OF_PLUS = [
     Row("the paper's recipe"),
     Row("the same, features behind the BNNeck", test="--features bnneck"),
     Row("the same with plus's backbone", f"{SMALL_VIT}-4800.pth", backbone="small"),
+    Row("and with its patches", f"{SMALL_VIT}-4800.pth {OVERLAP}", backbone="small"),
     Row("plus", PLUS),
     *on(PLUS, WITHOUT),
 ]
@@ -277,7 +280,7 @@ SCENES = [
     *on(PLUS, BOTH_AND_EACH, ", plus"),
     *on(PLUS, [WITHOUT[-1]], ", plus"),
     *on(f"{OWN} {SMALL_ON_PHOTOS}", [Row("small ViT, GraFT, FFD")]),
-    *on(f"{PLUS} {SMALL_ON_PHOTOS}", [Row("small ViT, plus")]),
+    *on(f"{PLUS} {SMALL_ON_PHOTOS} {WHOLE}", [Row("small ViT, plus")]),
 ]
 BRIEF = f"{OWN} --epochs 1 1 --epoch-steps 60 60"
 REAL_WEIGHTS = [

@@ -83,6 +83,7 @@ CLAIMS = [
     *fusion_claims("a new CLS token", "Table 5", CLS),
     *fusion_claims("averaged tokens", "Table 5", AVERAGE),
     *fusion_claims("the mean of the sensors' CLS tokens", "-", LATE),
+    Claim("plus is ahead of HAMNet", "-", PLUS, HAMNET),
     Claim("plus is ahead of itself without encoders", "-", PLUS, f"{PLUS} --fusion weighted-late"),
 ]
 averaged = "averaged tokens are ahead of a CLS token"
