@@ -171,14 +171,11 @@ class ViT(Backbone):
         """Read DeiT's release ("pretrained" fetches DeiT-B's), timm's names, or a run of ours."""
         if str(path) == "pretrained":
             path = fetch_deit(self)
-        state, config = read_state(path)
+        state, grid = read_state(path)
         if "pos_embed" in state:
             positions, prefix = state["pos_embed"], self.prefix_tokens
             side = math.isqrt(max(0, positions.shape[1] - prefix))
-            grid = (side, side)  # released files are of square images
-            if "image_size" in config:
-                P = self.patch_embed.proj.kernel_size[0]
-                grid = patch_grid(config["image_size"], P, config.get("stride", 0))
+            grid = grid or (side, side)  # released files are of square images
             state["pos_embed"] = resize_pos_embed(positions, prefix, grid, self.grid)
         M = self.patch_embed.proj.in_channels // 3
         weight = state.get("patch_embed.proj.weight")  # (D, 3, P, P)
@@ -199,12 +196,13 @@ def patch_grid(image_size: tuple[int, int], patch_size: int, stride: int = 0) ->
     if any(side < P or (side - P) % S for side in image_size):
         size = "x".join(map(str, image_size))
         nearest = " ".join(str(P + max(0, round((side - P) / S)) * S) for side in image_size)
-        kind = f"multiples of the patch size, {P}"
+        text = f"expected multiples of the patch size, {P}; the nearest are --image-size {nearest}"
         if S != P:
-            kind = f"the patch size, {P}, and a multiple of the stride, {S}"
-        raise UserError(
-            f"image size {size}: expected {kind}; the nearest are --image-size {nearest}"
-        )
+            text = (
+                f"with --stride {S}, expected patch size + a multiple of it, {P} + N * {S}; the"
+                f" nearest are --image-size {nearest}; with --stride 0 patches do not overlap"
+            )
+        raise UserError(f"image size {size}: {text}")
     return tuple((side - P) // S + 1 for side in image_size)
 
 
@@ -260,7 +258,6 @@ class GraFTConfig:
     num_ids: int = 50
     image_size: tuple[int, int] = (224, 224)  # height, width; paper, 5.2
     patch_size: int = 16  # paper, 3.4
-    stride: int = 0  # pixels from patch to patch; 0: the patch size
     dim: int = 768  # DeiT-B; paper, 3.2
     depth: int = 12
     heads: int = 12
@@ -273,6 +270,7 @@ class GraFTConfig:
     fusion: str = "graft"  # or a baseline, see FUSIONS
     blocks: tuple[tuple[int, int], ...] = ()  # of a pruned ViT: heads, MLP channels of each block
     backbone: str = "vit"  # DeiT's; or timm:NAME, or HAMNet's resnet18 and resnet50
+    stride: int = 0  # pixels from patch to patch; 0: the patch size
 
 
 class Embeddings(NamedTuple):
@@ -465,18 +463,29 @@ def load_backbone(model: nn.Module, path: str | Path) -> list[str]:
     return left_out
 
 
-def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """A backbone's weights in float32; of a run of ours also its config, else an empty one."""
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
+    """A backbone's weights in float32; of a run of ours also rows and columns of its patches."""
     checkpoint = runtime.load_checkpoint(path)
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     weights = state.values() if isinstance(state, dict) else [None]
     if not all(isinstance(w, Tensor) and w.layout is torch.strided for w in weights):
         raise UserError(f"{path}: holds no state dict")
-    config = checkpoint.get("config")
-    config = config if isinstance(config, dict) else {}
     state = {name: weight.float() for name, weight in state.items()}
     ours = [name for name in state if name.startswith("backbone.")]  # a run holds the whole model
-    return {n.removeprefix("backbone."): state[n] for n in ours or state}, config
+    state = {name.removeprefix("backbone."): state[name] for name in ours or state}
+    return state, stored_grid(checkpoint.get("config"), state)
+
+
+def stored_grid(config: object, state: dict[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of the patches of a run of ours, by its config; None for other files."""
+    patch = next((w for n, w in state.items() if n.endswith("patch_embed.proj.weight")), None)
+    if patch is None or not isinstance(config, dict):
+        return None
+    P, size = patch.shape[-1], config.get("image_size")
+    S = config.get("stride", 0) or P
+    if not isinstance(size, tuple) or len(size) != 2 or {type(n) for n in (S, *size)} != {int}:
+        return None
+    return tuple((side - P) // S + 1 for side in size)
 
 
 def load_strictly(

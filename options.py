@@ -98,7 +98,7 @@ PLUS_REAL = {  # chosen on the same photos, see experiments.scenes
     "adam_betas": (0.9, 0.98, 0.9, 0.98),
 }
 # Not run on these: images as large as their authors', in patches of 14, and pad by 10 and crop
-BENCHMARK = {"image_size": (126, 252), "pad": 10}
+BENCHMARK = {"image_size": (126, 252), "pad": 10, "stride": 0, "patch_dropout": (0.0, 0.0)}
 PLUS_OF = {
     "synthetic": PLUS_SYNTHETIC,
     **dict.fromkeys(("folder", "csv"), PLUS_REAL),
@@ -190,7 +190,7 @@ def add_model_options(group) -> None:
     add("--backbone", default="deit-b", metavar="NAME", help=text)
     text = "a file, a run's folder, pretrained (download the release; paper, 3.2) or none (random)"
     add("--backbone-weights", default="pretrained", metavar="FILE", help=text)
-    text = "pixels from patch to patch (default: the patch size; paper, 3.4); fewer: they overlap"
+    text = "pixels from one patch to the next (0: the patch size); with fewer, patches overlap"
     add("--stride", type=whole(0), default=0, metavar="N", help=text)
     text = "GraFT, a baseline of the tables, or weighted, plus's model"
     add("--fusion", choices=FUSIONS, default="graft", help=text)
@@ -430,4 +430,5 @@ def from_checkpoint(stored: dict) -> argparse.Namespace:
             "a run of an older --recipe plus: it can be evaluated; to go on, train anew"
         )
     newest = parse([word for pair in words for word in pair])
+    stored = {"stride": 0, **stored}  # before this option no patches overlapped, in plus neither
     return complete(argparse.Namespace(**{**vars(newest), **stored}))

@@ -239,26 +239,30 @@ def attention(
     embedder: evaluate.Embedder, split: data.Split, chosen: list[int]
 ) -> list[list[Cell]]:
     """Samples of a split, each beside a map of the fusion token's attention in every encoder."""
-    rows = []
+    rows, config = [], embedder.model.config
+    border = (config.patch_size - (config.stride or config.patch_size)) // 2
     for i in chosen:
         images, _, _ = split[i]
         batch = {name: image[None].to(embedder.device) for name, image in images.items()}
         maps = attention_maps(embedder.model, embedder.normalise(batch))
         maps = {modality: weights[0].float().cpu() for modality, weights in maps.items()}
-        heated = {modality: heat(image, maps[modality]) for modality, image in images.items()}
+        heated = {name: heat(image, maps[name], border) for name, image in images.items()}
         shares = ", ".join(f"{name} {100 * weights.sum():.0f}%" for name, weights in maps.items())
         sample = Cell(images, (short_name(split.samples[i]), ""))
         rows.append([sample, Cell(heated, ("attention on the patches:", shares))])
     return rows
 
 
-def heat(image: Tensor, weights: Tensor) -> Tensor:
+def heat(image: Tensor, weights: Tensor, border: int = 0) -> Tensor:
     """An image (3, H, W), uint8, in grey under weights (rows, columns); a colour bar on its right.
+
+    Patches that overlap have their centres within `border` pixels from the edges.
 
     The colours run from black at the map's own minimum over red and yellow to white at its maximum.
     """
     _, H, W = image.shape
-    large = F.interpolate(weights[None, None], (H, W), mode="bicubic")[0, 0]
+    inner = F.interpolate(weights[None, None], (H - 2 * border, W - 2 * border), mode="bicubic")
+    large = F.pad(inner, [border] * 4, mode="replicate")[0, 0]
     # Bicubic curves swing beyond the values that they pass through
     low, high = weights.min(), weights.max()
     strength = (large.clamp(low, high) - low) / (high - low).clamp(min=1e-12)

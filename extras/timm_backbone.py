@@ -82,6 +82,7 @@ class TimmViT(Backbone):
             patch_drop_rate=0.5,  # any but 0, so that timm adds the module that `forward` sets
         )
         self.vit.patch_embed.img_size = tuple(image_size)
+        self.vit.patch_embed.strict_img_size = True  # else DINOv3's takes whole patches only
         if stride:
             self.vit.patch_embed.proj.stride = (stride, stride)
         self.dim, self.grid = self.vit.embed_dim, self.vit.patch_embed.grid_size
@@ -109,16 +110,14 @@ class TimmViT(Backbone):
         "pretrained" has timm fetch what the model's name stands for.
         """
         if str(path) == "pretrained":
-            state, config = self.fetch(), {}
+            state, grid = self.fetch(), None
         elif Path(path).suffix == ".safetensors":
-            state, config = read_safetensors(path), {}
+            state, grid = read_safetensors(path), None
         else:
-            state, config = read_state(path)
+            state, grid = read_state(path)
         P = self.vit.patch_embed.patch_size[0]
-        if "image_size" in config:
-            # A run of ours, whose positions need not fill a square as a release's do
-            rows, columns = patch_grid(config["image_size"], P, config.get("stride", 0))
-            self.vit.pretrained_cfg["input_size"] = (3, rows * P, columns * P)
+        if grid:  # of a run of ours, whose positions need not fill a square as a release's do
+            self.vit.pretrained_cfg["input_size"] = (3, grid[0] * P, grid[1] * P)
         state = {name.removeprefix("vit."): weight for name, weight in state.items()}
         # timm would resize patches without a word, and a ViT-B/32 would pass for a ViT-B/16
         for other in {weight.shape[-1] for weight in state.values() if weight.ndim == 4} - {P}:

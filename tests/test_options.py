@@ -33,6 +33,7 @@ def test_a_recipe_is_what_runs():
     assert (first.epochs, second.epochs) == recipe["epochs"]
     assert (first.epoch_steps, second.epoch_steps) == recipe["epoch_steps"]
     assert parse("--recipe plus --patch-dropout 0").stages[1].epochs == second.epochs
+    assert options.from_checkpoint({"recipe": "plus"}).stride == 0  # of a run before the option
     other = parse("--recipe plus --schedule sqrt")
     assert [stage.schedule for stage in other.stages] == ["sqrt", "sqrt"]
     assert (other.fusion, other.triplet, other.features) == ("weighted", "hardest", "bnneck")

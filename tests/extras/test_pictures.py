@@ -53,6 +53,17 @@ def test_heat_runs_from_the_maps_own_least_to_its_most(least):
     assert (hot[:, -1, -1] == 0).all()
 
 
+def test_heat_lies_where_patches_that_overlap_do():
+    weights = torch.zeros(7, 15)  # of 16 pixels, 8 apart
+    weights[0, 14] = 1.0
+    hot = pictures.heat(torch.zeros(3, 64, 128, dtype=torch.uint8), weights, border=4)
+    brightest = (hot[:, :, :128].sum(0) == hot[:, :, :128].sum(0).max()).nonzero()
+    assert brightest.float().mean(0).tolist() == pytest.approx(
+        [4, 124], abs=4
+    )  # the centre is at 8, 120
+    assert (hot[:, 24:, :96] == 0).all()
+
+
 def test_attention_maps_by_the_formula():
     """softmax(q k^T / sqrt(D/H)) of two fusion tokens, on the patches of a 2 x 4 grid."""
     torch.manual_seed(0)

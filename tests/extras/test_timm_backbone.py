@@ -87,17 +87,18 @@ def test_a_file_of_timms_is_read_at_another_image_size(name, tmp_path):
 def test_patches_overlap_and_a_run_with_them_can_be_the_next_ones_backbone(name, tmp_path):
     P = timm_backbone.config_of(name)["patch_size"]
     torch.manual_seed(0)
-    vit = TimmViT(name, (2 * P, 4 * P), stride=P // 2)
+    size = (P + 3 * (P // 2), 4 * P)  # not whole patches
+    vit = TimmViT(name, size, stride=P // 2)
     x = images(vit)
-    assert vit(x).shape == (2, vit.prefix_tokens + 3 * 7, vit.dim)
+    assert vit(x).shape == (2, vit.prefix_tokens + 4 * 7, vit.dim)
     embed = vit.vit.patch_embed
     expected = F.conv2d(x, embed.proj.weight, embed.proj.bias, P // 2)
     expected = expected.flatten(2).transpose(1, 2)  # DINOv3 keeps rows and columns apart
     torch.testing.assert_close(embed(x).reshape(expected.shape), expected)
     state = {f"backbone.{key}": weight for key, weight in vit.state_dict().items()}
-    config = {"image_size": (2 * P, 4 * P), "stride": P // 2}
+    config = {"image_size": size, "stride": P // 2}
     torch.save({"model": state, "config": config}, tmp_path / "run.pt")
-    same = TimmViT(name, (2 * P, 4 * P), stride=P // 2)
+    same = TimmViT(name, size, stride=P // 2)
     assert load_backbone(same, tmp_path / "run.pt") == []
     assert torch.equal(same(x), vit(x))
     assert load_backbone(new(name, 3, 5), tmp_path / "run.pt") == []
