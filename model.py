@@ -196,13 +196,12 @@ def patch_grid(image_size: tuple[int, int], patch_size: int, stride: int = 0) ->
     if any(side < P or (side - P) % S for side in image_size):
         size = "x".join(map(str, image_size))
         nearest = " ".join(str(P + max(0, round((side - P) / S)) * S) for side in image_size)
-        text = f"expected multiples of the patch size, {P}; the nearest are --image-size {nearest}"
+        fitting = f"multiples of the patch size, {P}"
         if S != P:
-            text = (
-                f"with --stride {S}, expected patch size + a multiple of it, {P} + N * {S}; the"
-                f" nearest are --image-size {nearest}; with --stride 0 patches do not overlap"
-            )
-        raise UserError(f"image size {size}: {text}")
+            fitting = f"{P} + a multiple of {S} (patch size and --stride; 0: no overlap)"
+        raise UserError(
+            f"image size {size}: expected {fitting}; the nearest are --image-size {nearest}"
+        )
     return tuple((side - P) // S + 1 for side in image_size)
 
 

@@ -256,7 +256,8 @@ def attention(
 def heat(image: Tensor, weights: Tensor, border: int = 0) -> Tensor:
     """An image (3, H, W), uint8, in grey under weights (rows, columns); a colour bar on its right.
 
-    Patches that overlap have their centres within `border` pixels from the edges.
+    `border`: pixels by which the outer patches reach beyond half of the way to their neighbours,
+    where patches overlap.
 
     The colours run from black at the map's own minimum over red and yellow to white at its maximum.
     """
