@@ -251,7 +251,6 @@ STAGES = [
 SMALL_VIT = "--backbone-weights weights/vit-small-rgb"
 OVERLAP = "--stride 8 --patch-dropout 0.8"
 APART = "--stride 0 --patch-dropout 0.35"  # a step sees as many patches
-WHOLE = "--stride 0 --patch-dropout 0"
 WITHOUT = [
     Row("Eq. (6) in place of confidences, with center loss", "--fusion graft"),
     Row("without batch-hard triplets", "--triplet contrastive"),
@@ -280,7 +279,7 @@ SCENES = [
     *on(PLUS, BOTH_AND_EACH, ", plus"),
     *on(PLUS, [WITHOUT[-1]], ", plus"),
     *on(f"{OWN} {SMALL_ON_PHOTOS}", [Row("small ViT, GraFT, FFD")]),
-    *on(f"{PLUS} {SMALL_ON_PHOTOS} {WHOLE}", [Row("small ViT, plus")]),
+    *on(f"{PLUS} {SMALL_ON_PHOTOS} --stride 0 --patch-dropout 0", [Row("small ViT, plus")]),
 ]
 BRIEF = f"{OWN} --epochs 1 1 --epoch-steps 60 60"
 REAL_WEIGHTS = [

@@ -359,6 +359,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         torch.save(state, tmp_path / "file.pth")
         load_backbone(target, tmp_path / "file.pth")
 
+    for image_size in ((24, 24), (20, 20), None):  # a run's whose patches are of 8 pixels
+        file = {"model": ViT((24, 24), 8, 32, 2, 2).state_dict(), "config": {"stride": 0}}
+        file["config"]["image_size"] = image_size
+        with pytest.raises(UserError, match="file.pth: not the weights of this backbone"):
+            load(file)
     with pytest.raises(UserError, match='Missing key.*"dist_token".*timm:NAME'):
         load(ViT(SIZE, 16, 32, 2, 2, distilled=False).state_dict())
     with pytest.raises(UserError, match=r"torch.Size\(\[1, 1, 48\]\)"):

@@ -119,6 +119,7 @@ def test_the_help_shows_the_recipes_defaults(words, defaults):
         ("--backbone resnet18", "ResNets are for --fusion hamnet"),
         ("--fusion hamnet --backbone small", "--fusion hamnet takes resnet18 or resnet50"),
         ("--fusion hamnet --beta 0.1", "HAMNet has no centroids"),
+        ("--fusion hamnet --stride 8", "HAMNet has no centroids and no patches"),
         ("--fusion hamnet --recipe plus", "--recipe plus: HAMNet has a recipe of its own"),
         ("--recipe own --dataset rgbnt201", "--recipe own: is for --dataset folder, csv and"),
     ],

@@ -57,9 +57,10 @@ def test_heat_lies_where_patches_that_overlap_do():
     weights = torch.zeros(7, 15)  # of 16 pixels, 8 apart
     weights[0, 14] = 1.0
     hot = pictures.heat(torch.zeros(3, 64, 128, dtype=torch.uint8), weights, border=4)
-    brightest = (hot[:, :, :128].sum(0) == hot[:, :, :128].sum(0).max()).nonzero()
-    centre = [8, 120]  # of the patch; beyond it the map stays as bright up to the edge
-    assert brightest.float().mean(0).tolist() == pytest.approx(centre, abs=8)
+    brightness = hot[:, :, :128].sum(0, dtype=torch.float)
+    centre = brightness[7:9, 119:121]
+    assert centre.mean() > 0.95 * brightness.max()
+    assert brightness[7:9, 111:113].max() < 0.1 * brightness.max()  # the next patch's
     assert (hot[:, 24:, :96] == 0).all()
 
 
